@@ -1,1 +1,67 @@
-"""maxact."""
+"""maxact: for every channel of every layer of a convolutional network, the images that activate it most.
+
+    import maxact
+
+    store = maxact.scan("resnet18", "photographs/", "resnet18.zarr", top=50)
+    store["layer4.1.bn2"].top(171).to_pandas()
+
+Everything public is imported from here; it is loaded when it is first used, so that the command line answers at
+once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from maxact.errors import MaxactError, UsageError
+
+if TYPE_CHECKING:
+    from maxact.catalog import Catalog
+    from maxact.export import export
+    from maxact.run import Interrupted, Progress, scan
+    from maxact.store import Store, TapResults
+    from maxact.store import Store as open
+
+__all__ = [
+    "Catalog",
+    "Interrupted",
+    "MaxactError",
+    "Progress",
+    "Store",
+    "TapResults",
+    "UsageError",
+    "export",
+    "open",
+    "scan",
+]
+
+_HOMES = {
+    "Catalog": "catalog",
+    "Interrupted": "run",
+    "Progress": "run",
+    "Store": "store",
+    "TapResults": "store",
+    "export": "export",
+    "scan": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "open":  # `maxact.open(path)` reads best, and is all that opening is
+        return __getattr__("Store")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # importing the file scan.py would bind `maxact.scan` to that module, and hide the function
+        if not (isinstance(value, ModuleType) and name in _HOMES):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

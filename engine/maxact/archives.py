@@ -1,0 +1,371 @@
+"""Tar archives and Parquet files that hold encoded images: indexed once, then read image by image.
+
+Nothing in an archive is ever unpacked; the names of its members are used as keys and labels only.
+"""
+
+import json
+import os
+import tarfile
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import groupby, repeat
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from maxact.errors import MaxactError
+
+# key, label, source (absolute path), offset, length, modification time in nanoseconds
+Row = tuple[str, str, bytes, int, int, int]
+
+BLOCK = 512  # a tar archive is made of these
+GROUP_LIMIT = 1 << 30  # bytes of images in a row group, which is read whole
+CACHE = 256 << 20  # bytes of row groups that are kept, though never fewer than two groups
+OPEN_ARCHIVES = 64
+
+
+class Changed(Exception):
+    """A file is not the one that was catalogued: its length or its modification time differs."""
+
+
+def text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def printable(name: str) -> str:
+    """The name with all that does not print escaped, so that no two names become one: a backslash is doubled."""
+    if name.isprintable() and "\\" not in name:
+        return name
+    return "".join(
+        letter if letter.isprintable() and letter != "\\" else letter.encode("unicode_escape").decode()
+        for letter in name
+    )
+
+
+def show(path: bytes) -> str:
+    return printable(text(path))
+
+
+def suffix(name: str) -> str:
+    """What follows the last dot of the last component, in lower case; "" where there is none."""
+    _, dot, end = name.rpartition("/")[2].rpartition(".")
+    return end.lower() if dot else ""
+
+
+@contextmanager
+def reading(path: bytes) -> Iterator[None]:
+    """MaxactError, one line with the path, for what goes wrong in reading it."""
+    try:
+        yield
+    except OSError as error:
+        raise MaxactError(f"cannot read {show(path)}: {error.strerror or error}") from None
+    except (pa.ArrowException, tarfile.TarError) as error:
+        reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+        raise MaxactError(f"{show(path)} is damaged, or not what its name says: {reason}") from None
+
+
+# Tar archives
+
+
+def tar_rows(path: bytes, key: str, suffixes: frozenset[str]) -> Iterator[Row]:
+    """The image members of an uncompressed archive.
+
+    WebDataset's convention: members in a row that are named alike up to the first dot are one sample, and its member
+    `.cls` holds the label. Without one the label is the name of the member's folder.
+    """
+    with reading(path):
+        modified = os.stat(path).st_mtime_ns
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise MaxactError(f"{show(path)} is empty")
+            if _compressed(file.read(6)):
+                raise MaxactError(f"{show(path)} is compressed, so its images cannot be read one by one: decompress it")
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", encoding="utf-8") as archive:
+                for sample, group in groupby(_members(archive, path), key=lambda member: _sample(member.name)):
+                    members = list(group)
+                    classes = {
+                        member.name[:-4]: _class(archive, member) for member in members if member.name.endswith(".cls")
+                    }
+                    for member in members:
+                        if suffix(member.name) in suffixes:
+                            _refuse_indirect(member, path)
+                            label = classes.get(member.name.rpartition(".")[0], classes.get(sample))
+                            if label is None:
+                                label = member.name.rpartition("/")[0].rpartition("/")[2].lstrip(".")
+                            yield (
+                                f"{key}/{member.name}",
+                                label,
+                                path,
+                                member.offset_data,
+                                member.size,
+                                modified,
+                            )
+                # tarfile takes a damaged header for the end of the archive.
+                file.seek(archive.offset)
+                if file.read(BLOCK).strip(b"\0"):
+                    raise MaxactError(f"{show(path)} is damaged at byte {archive.offset}: no member starts there")
+
+
+def _members(archive: tarfile.TarFile, path: bytes) -> Iterator[tarfile.TarInfo]:
+    """The members but for folders and hidden ones."""
+    while member := archive.next():
+        archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+        hidden = any(part.startswith(".") and part not in (".", "..") for part in member.name.split("/"))
+        if not hidden and not member.isdir():
+            yield member
+
+
+def _sample(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _class(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = archive.extractfile(member) if member.isreg() else None
+    return text(file.read(1024)).strip() if file else ""
+
+
+def _refuse_indirect(member: tarfile.TarInfo, path: bytes) -> None:
+    if member.issparse() or not member.isreg():
+        raise MaxactError(
+            f"{show(path)} holds {printable(member.name)} as a link or with holes: make the archive again with "
+            "tar --dereference --hard-dereference and without --sparse"
+        )
+
+
+def _compressed(start: bytes) -> bool:
+    return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+
+
+class _Open:
+    """A file descriptor that closes with the last reference, so that dropping it never cuts off a reader."""
+
+    def __init__(self, path: bytes) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class TarReader:
+    """Reads members by their place; the archives used last stay open. For many threads at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[bytes, _Open] = OrderedDict()
+
+    def read(self, path: bytes, offset: int, length: int, modified: int) -> bytes:
+        """OSError; Changed: the archive is not the one that was indexed."""
+        with self._lock:
+            archive = self._open.get(path)
+            if archive is not None:
+                self._open.move_to_end(path)
+        if archive is None:
+            archive = _Open(path)  # outside the lock: a slow mount must not hold up the others
+            with self._lock:
+                self._open[path] = archive
+                if len(self._open) > OPEN_ARCHIVES:
+                    self._open.popitem(last=False)
+        if os.fstat(archive.fd).st_mtime_ns != modified:
+            self._forget(path)
+            raise Changed(f"changed: {show(path)} was modified after it was catalogued")
+        data = os.pread(archive.fd, length, offset)
+        while len(data) < length:
+            more = os.pread(archive.fd, length - len(data), offset + len(data))
+            if not more:
+                self._forget(path)
+                raise Changed(f"changed: {show(path)} ends inside an image")
+            data += more
+        return data
+
+    def _forget(self, path: bytes) -> None:
+        """So that a retry opens what is there by then."""
+        with self._lock:
+            self._open.pop(path, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+
+# Parquet files
+
+
+def holds_images(path: bytes) -> bool:
+    """Whether a Parquet file holds encoded images and not their paths. MaxactError: neither."""
+    with reading(path), pq.ParquetFile(pa.OSFile(path)) as file:
+        schema = file.schema_arrow
+        if "image" in schema.names and _bytes_column(schema) is not None:
+            return True
+        if "path" in schema.names:
+            return False
+        raise MaxactError(
+            f"{show(path)} has neither a column path nor a column image with bytes; its columns are "
+            f"{printable(', '.join(schema.names))}"
+        )
+
+
+def _bytes_column(schema: pa.Schema) -> str | None:
+    kind = schema.field("image").type
+    if _binary(kind):
+        return "image"
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _binary(kind.field("bytes").type):
+        return "image.bytes"
+    return None
+
+
+def _binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def parquet_rows(path: bytes, key: str) -> Iterator[Row]:
+    """The rows of a Parquet file with encoded images: the row is the offset, the length -1."""
+    with reading(path), pq.ParquetFile(pa.OSFile(path)) as file:
+        modified = os.stat(path).st_mtime_ns
+        _refuse_large_groups(file.metadata, path)
+        for row, label in enumerate(_labels(file)):
+            yield f"{key}/{row}", label, path, row, -1, modified
+
+
+def parquet_paths(path: bytes) -> Iterator[tuple[bytes, str | None]]:
+    """Path and label, None where there is no such column, of a Parquet list."""
+    with reading(path), pq.ParquetFile(pa.OSFile(path)) as file:
+        labels = _labels(file) if "label" in file.schema_arrow.names else repeat(None)
+        paths = (item for batch in file.iter_batches(columns=["path"]) for item in batch.column(0).to_pylist())
+        for row, (item, label) in enumerate(zip(paths, labels, strict=False)):
+            if not isinstance(item, str | bytes) or not item:
+                raise MaxactError(f"{show(path)}, row {row}: the column path holds {item!r} instead of a path")
+            item = item.encode("utf-8", "surrogateescape") if isinstance(item, str) else item
+            if b"\0" in item:
+                raise MaxactError(f"{show(path)}, row {row}: the path holds a zero byte")
+            yield item, label
+
+
+def _labels(file: pq.ParquetFile) -> Iterator[str]:
+    """The column label as text, "" without one; numbers become the names that Hugging Face datasets keep with them."""
+    if "label" not in file.schema_arrow.names:
+        yield from repeat("", file.metadata.num_rows)
+        return
+    names = _class_names(file.schema_arrow)
+    for batch in file.iter_batches(columns=["label"]):
+        for value in batch.column(0).to_pylist():
+            if isinstance(value, int) and names:
+                yield names[value] if 0 <= value < len(names) else ""  # -1: a test set without labels
+            else:
+                yield "" if value is None else str(value)
+
+
+def _class_names(schema: pa.Schema) -> Sequence[str]:
+    try:
+        about = json.loads((schema.metadata or {})[b"huggingface"])
+        return [str(name) for name in about["info"]["features"]["label"]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _refuse_large_groups(metadata: pq.FileMetaData, path: bytes) -> None:
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        columns = (group.column(i) for i in range(group.num_columns))
+        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == "image")
+        if size > GROUP_LIMIT:
+            raise MaxactError(
+                f"{show(path)} has a row group with {size / 2**30:.1f} GiB of images, which would be read at once: "
+                "write it again with smaller row groups, as pyarrow.parquet.write_table(…, row_group_size=1000)"
+            )
+
+
+class RowGroupReader:
+    """Reads images by row; the row groups used last stay in memory. For many threads at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: dict[bytes, tuple[pq.FileMetaData, list[int]]] = {}
+        self._groups: OrderedDict[tuple[bytes, int], Future[pa.ChunkedArray]] = OrderedDict()
+
+    def read(self, path: bytes, row: int, modified: int) -> bytes:
+        """The encoded image, b"" for an empty cell. OSError; Changed: the file is not the one that was indexed."""
+        with self._lock:
+            known = self._files.get(path)
+        if known is None:
+            known = self._open(path, modified)
+        starts = known[1]
+        if row >= starts[-1]:
+            raise Changed(f"changed: {show(path)} has fewer rows than were catalogued")
+        index = bisect_right(starts, row) - 1
+        group = self._group(path, index, known[0], modified)
+        return group[row - starts[index]].as_py() or b""
+
+    def _open(self, path: bytes, modified: int) -> tuple[pq.FileMetaData, list[int]]:
+        _check_modified(path, modified)
+        with _arrow_errors(path):
+            metadata = pq.read_metadata(pa.OSFile(path))
+        starts = [0]
+        for index in range(metadata.num_row_groups):
+            starts.append(starts[-1] + metadata.row_group(index).num_rows)
+        with self._lock:
+            return self._files.setdefault(path, (metadata, starts))
+
+    def _group(self, path: bytes, index: int, metadata: pq.FileMetaData, modified: int) -> pa.ChunkedArray:
+        with self._lock:
+            group = self._groups.get((path, index))
+            if group is not None:
+                self._groups.move_to_end((path, index))
+            else:
+                mine: Future[pa.ChunkedArray] = Future()
+                self._groups[path, index] = mine
+        if group is not None:
+            return group.result()  # another thread may still be reading it
+        try:
+            _check_modified(path, modified)
+            with _arrow_errors(path), pq.ParquetFile(pa.OSFile(path), metadata=metadata) as file:
+                column = _bytes_column(file.schema_arrow)
+                images = file.read_row_group(index, columns=[column], use_threads=False).column(0)
+            if column == "image.bytes":
+                images = pa.chunked_array([pc.struct_field(chunk, "bytes") for chunk in images.chunks])
+            mine.set_result(images)
+        except BaseException as error:
+            with self._lock:  # so that a retry reads it again
+                self._groups.pop((path, index), None)
+                self._files.pop(path, None)
+            mine.set_exception(error)
+            raise
+        self._shrink()
+        return images
+
+    def _shrink(self) -> None:
+        with self._lock:
+            sizes = {k: group.result().nbytes for k, group in self._groups.items() if group.done()}
+            total = sum(sizes.values())
+            for key, size in sizes.items():  # the one used longest ago first
+                if total <= CACHE or len(self._groups) <= 2:
+                    break
+                del self._groups[key]
+                total -= size
+
+    def close(self) -> None:
+        with self._lock:
+            self._groups.clear()
+            self._files.clear()
+
+
+def _check_modified(path: bytes, modified: int) -> None:
+    if os.stat(path).st_mtime_ns != modified:
+        raise Changed(f"changed: {show(path)} was modified after it was catalogued")
+
+
+@contextmanager
+def _arrow_errors(path: bytes) -> Iterator[None]:
+    """Arrow's errors as OSError, so that a reader has one kind to think of."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise OSError(f"{show(path)} is damaged: {printable(str(error).splitlines()[0])}") from error

@@ -1,0 +1,99 @@
+"""Bytes to pixels: DALI and torchvision behind one interface.
+
+Sizes and crops are settled in Python by torchvision's rule (Preprocess.placement) from the sizes in the files'
+headers, and every decoder is told them: so all place an image alike, and a bomb is refused before it is decoded.
+EXIF rotation is never applied. Truncated files and GIF are refused.
+
+decoder.py has the interface, decode_dali.py and decode_torchvision.py the decoders; only the former imports DALI.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from maxact.decode_torchvision import TorchvisionDecoder
+from maxact.decoder import Decoded, Decoder, Settings
+from maxact.errors import MaxactError, UsageError
+from maxact.pictures import line
+from maxact.preprocess import Preprocess
+
+__all__ = ["MAX_PIXELS", "NAMES", "Decoded", "Decoder", "choose_decoder", "make_decoder", "native_stderr"]
+
+NAMES = ("auto", "dali", "torchvision")
+MAX_PIXELS = 200_000_000
+
+
+def choose_decoder(name: str, preprocess: Preprocess, pictures: bool = False) -> str:
+    """The decoder that `name` means here, dali or torchvision: "auto" is DALI where it is installed and can do it.
+
+    DALI takes neither `pictures` (PIL, arrays, tensors) instead of bytes nor a preprocess function.
+    Raises UsageError for what cannot be meant, MaxactError where DALI is wanted and missing.
+    """
+    if name not in NAMES:
+        raise UsageError(f"decoder: expected {', '.join(NAMES)}, got {name!r}")
+    python_only = pictures or preprocess.function is not None
+    if name == "dali" and python_only:
+        what = "a dataset of pictures" if pictures else f"the preprocess function {preprocess.function}"
+        raise UsageError(f"decoder: dali cannot take {what}; use auto or torchvision")
+    if name == "torchvision" or python_only:
+        return "torchvision"
+    try:
+        importlib.import_module("nvidia.dali")
+    except (ImportError, OSError) as error:  # OSError: one of its libraries cannot be loaded
+        if name == "auto":
+            return "torchvision"
+        install = "pip install nvidia-dali-cuda130 (Linux only), or use the decoder torchvision"
+        raise MaxactError(f"decoder: dali cannot be imported ({line(error)}); {install}") from error
+    return "dali"
+
+
+def make_decoder(
+    name: str,
+    preprocess: Preprocess,
+    *,
+    batch: int,
+    threads: int,
+    device: torch.device | str = "cpu",
+    max_pixels: int = MAX_PIXELS,
+    pictures: bool = False,
+    depth: int = 2,
+    niceness: int = 0,
+) -> Decoder:
+    """The decoder that `name` means (see `choose_decoder`), for batches of at most `batch`.
+
+    `depth` batches may be in flight. The decoder's threads give way to all others of the process by `niceness`.
+    """
+    settings = Settings(preprocess, batch, threads, torch.device(device), max_pixels, depth, niceness)
+    if choose_decoder(name, preprocess, pictures) == "torchvision":
+        return TorchvisionDecoder(settings)
+    from maxact.decode_dali import DaliDecoder
+
+    return DaliDecoder(settings)
+
+
+@contextmanager
+def native_stderr(log: int) -> Iterator[None]:
+    """Send what C libraries print to standard error to the open descriptor `log`. Python's own still arrives.
+
+    nvImageCodec (inside DALI), libpng and OpenCV print lines of their own about damaged files, and no setting stops
+    them (DALI_NVIMGCODEC_LOG_LEVEL ends at errors). This is for the command line, which owns its process; inside,
+    whoever writes to standard error has to look sys.stderr up anew.
+    """
+    before = sys.stderr
+    before.flush()
+    terminal = os.dup(2)
+    os.dup2(log, 2)
+    sys.stderr = open(os.dup(terminal), "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    try:
+        yield
+    finally:
+        sys.stderr.close()
+        sys.stderr = before
+        os.dup2(terminal, 2)
+        os.close(terminal)

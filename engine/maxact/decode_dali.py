@@ -1,0 +1,291 @@
+"""The DALI decoder. The only file that imports DALI.
+
+Nothing here has run on CUDA yet. Comments say what is expected there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from maxact.decoder import Decoded, Settings, made_nicely
+from maxact.errors import MaxactError
+from maxact.pictures import Refused, line, open_picture
+from maxact.preprocess import Placement
+
+# Read when DALI is loaded: OpenCV, inside it, would print about damaged files.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+dali: Any = import_module("nvidia.dali")  # untyped but for part of its operators
+fn, types = dali.fn, dali.types
+Pipeline = Any
+
+# What DALI raises for a batch that it cannot decode.
+DALI_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An image to decode."""
+
+    data: bytes
+    shape: tuple[int, int]  # height, width
+    placement: Placement
+
+
+@dataclass
+class _Flight:
+    """A batch on its way. DALI reads the bytes where they lie, so they are kept here until it is collected."""
+
+    n: int
+    items: dict[int, _Item]  # place in the batch -> image; those that the headers ruled out are missing
+    errors: dict[int, str]
+
+
+class DaliDecoder:
+    """One pipeline reads the sizes from the headers, a second decodes and resizes what the crop shows.
+
+    An error loses its whole batch, does not say which file it was, and harms no other batch (checked on the CPU
+    with one to three batches in flight). So a lost batch is decoded again in parts, until the bad images are found.
+
+    On CUDA, JPEGs are decoded by nvJPEG: its pixels differ from those of the CPU by a few levels, and those of its
+    hardware decoder from its others.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.depth = settings.depth
+        self._settings = settings
+        self._cuda = settings.device.type == "cuda"
+        self._peek = self._peek_pipeline()  # not nicely: `submit` waits for it, if only for a millisecond
+        self._decode = self._made(settings.batch, settings.depth)
+        self._spare: Pipeline = None  # decodes lost batches; made for the first
+        self._flights: deque[_Flight] = deque()  # after the pipelines, so that it is freed after them
+
+    def submit(self, files: Sequence[bytes]) -> None:
+        self._settings.check(files, len(self._flights))
+        errors = {i: "the file is empty" for i, file in enumerate(files) if not file}
+        items = {}
+        for i, shape in self._shapes({i: f for i, f in enumerate(files) if f}, errors).items():
+            try:
+                items[i] = _Item(files[i], shape, self._settings.place(*shape))
+            except Refused as refused:
+                errors[i] = line(refused)
+        if items:
+            self._feed(self._decode, list(items.values()))
+            self._decode.schedule_run()
+        self._flights.append(_Flight(len(files), items, errors))
+
+    def collect(self) -> Decoded:
+        flight = self._flights.popleft()
+        n, items = flight.n, list(flight.items.items())
+        if not items:
+            return Decoded(self._blank(n), flight.errors)
+        try:
+            images = self._share(self._decode)
+        except DALI_ERRORS as error:
+            images = self._blank(n)
+            self._salvage(items, error, images, flight.errors)
+            return Decoded(images, flight.errors)
+        if len(items) < n:
+            some, images = images, self._blank(n)
+            images[list(flight.items)] = some
+        return Decoded(images, flight.errors)
+
+    def close(self) -> None:
+        self._peek = self._decode = self._spare = None  # DALI ends its threads with the last reference,
+        self._flights.clear()  # and only then do they no longer read these bytes
+
+    def _salvage(
+        self, items: list[tuple[int, _Item]], error: Exception, images: torch.Tensor, errors: dict[int, str]
+    ) -> None:
+        """Decode what failed together with `error` again, by halves, until only the bad ones are left.
+
+        The good ones come out as they would have. Halves, because they keep all threads busy: a bad image costs
+        about as much as its batch once more.
+        """
+        _raise_if_fatal(error)
+        if len(items) == 1:
+            ((place, item),) = items
+            errors[place] = self._why(item.data, error)
+            return
+        if self._spare is None:
+            self._spare = self._made((self._settings.batch + 1) // 2, 1)
+        middle = len(items) // 2
+        for half in (items[:middle], items[middle:]):
+            self._feed(self._spare, [item for _, item in half])
+            self._spare.schedule_run()
+            try:
+                images[[place for place, _ in half]] = self._share(self._spare)
+            except DALI_ERRORS as again:
+                self._salvage(half, again, images, errors)
+
+    def _blank(self, n: int) -> torch.Tensor:
+        shape = (n, *self._settings.preprocess.crop, 3)
+        return torch.zeros(shape, dtype=torch.uint8, device=self._settings.device)
+
+    def _shapes(self, files: dict[int, bytes], errors: dict[int, str]) -> dict[int, tuple[int, int]]:
+        """Height and width of each file by its header; `errors` gains those that have none."""
+        if not files:
+            return {}
+        try:
+            self._peek.feed_input("files", [np.frombuffer(file, np.uint8) for file in files.values()])
+            self._peek.schedule_run()
+            (shapes,) = self._peek.share_outputs()
+            sizes = shapes.as_array().tolist()  # per file: height, width, channels
+            self._peek.release_outputs()
+        except DALI_ERRORS as error:
+            places = list(files)
+            if len(places) == 1:
+                errors[places[0]] = self._why(files[places[0]], error)
+                return {}
+            middle = len(places) // 2
+            halves = places[:middle], places[middle:]
+            first, second = (self._shapes({i: files[i] for i in half}, errors) for half in halves)
+            return first | second
+        return {i: (height, width) for i, (height, width, _) in zip(files, sizes, strict=True)}
+
+    def _why(self, data: bytes, error: Exception) -> str:
+        """Why DALI refused a file. It hardly says ("Failed to decode sample #0"), so PIL is asked first."""
+        try:
+            picture = open_picture(data)
+        except Refused as refused:
+            return line(refused)
+        try:
+            if picture.height * picture.width <= self._settings.max_pixels:
+                picture.load()
+        except Exception as reason:
+            return line(f"{picture.format}: {line(reason)}")
+        return line(f"{picture.format}: DALI cannot decode it ({_meaning(error)})")
+
+    @property
+    def _padded(self) -> bool:
+        """Whether the crop can reach beyond a resized picture."""
+        preprocess = self._settings.preprocess
+        if preprocess.fit == "crop":
+            return preprocess.resize < max(preprocess.crop)
+        return preprocess.fit == "pad"
+
+    def _feed(self, pipeline: Pipeline, items: list[_Item]) -> None:
+        """Hand a batch to a decode pipeline.
+
+        Only what the crop shows is resized, a third less work than all for ImageNet's shapes: rows and columns
+        first..last of the resized picture, which come from start..stop of the picture as it is, [y, x] each.
+        """
+        crop = np.array(self._settings.preprocess.crop)
+        resized = np.array([item.placement.size for item in items])  # [N, 2], as all below
+        corner = np.array([item.placement.start for item in items])
+        scale = np.array([item.shape for item in items]) / resized
+        first, last = np.maximum(corner, 0), np.minimum(corner + crop, resized)
+        pipeline.feed_input("files", [np.frombuffer(item.data, np.uint8) for item in items])
+        pipeline.feed_input("start", (first * scale).astype(np.float32))
+        pipeline.feed_input("stop", (last * scale).astype(np.float32))
+        if self._padded:
+            pipeline.feed_input("size", (last - first).astype(np.float32))
+            pipeline.feed_input("offset", np.minimum(corner, 0).astype(np.int32))
+
+    def _share(self, pipeline: Pipeline) -> torch.Tensor:
+        """The oldest batch of a decode pipeline, uint8 [N, H, W, 3], in DALI's own memory, freed with the tensor.
+
+        Each batch has memory of its own as long as someone holds it: that is how DALI's dynamic executor (the
+        default) works. On CUDA it is bound to torch's current stream: DALI makes that wait for the batch, and frees
+        the memory in its order.
+        """
+        stream = torch.cuda.current_stream(self._settings.device) if self._cuda else None
+        (images,) = pipeline.share_outputs(cuda_stream=stream)
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
+        pipeline.release_outputs()
+        return tensor
+
+    def _made(self, batch: int, depth: int) -> Pipeline:
+        return made_nicely(self._settings.niceness, lambda: self._decode_pipeline(batch, depth))
+
+    def _peek_pipeline(self) -> Pipeline:
+        """Files -> height, width, channels. 40,000 headers a second on one core."""
+        pipeline = dali.Pipeline(self._settings.batch, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        with pipeline:
+            files = fn.external_source(name="files", dtype=types.UINT8, ndim=1, no_copy=True)
+            pipeline.set_outputs(fn.peek_image_shape(files, adjust_orientation=False))
+        pipeline.build()
+        return pipeline
+
+    def _decode_pipeline(self, batch: int, depth: int) -> Pipeline:
+        """Files -> uint8 [N, H, W, 3]. It is returned with all threads running and nothing in flight."""
+        preprocess, device = self._settings.preprocess, self._settings.device
+        gpu = None
+        options: dict[str, Any] = {"device": "cpu"}
+        if self._cuda:
+            gpu = torch.cuda.current_device() if device.index is None else device.index
+            options = {
+                "device": "mixed",
+                "jpeg_fancy_upsampling": True,  # chroma as on the CPU
+                # Buffers of the hardware decoder only grow: they start at a usual photograph's size.
+                # hw_decoder_load stays at its default (0.65) until it has been measured.
+                "preallocate_height_hint": 1024,
+                "preallocate_width_hint": 1024,
+            }
+        kind = {"nearest": types.INTERP_NN, "bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+        def source(name: str, dtype: Any) -> Any:
+            return fn.external_source(name=name, dtype=dtype, ndim=1)
+
+        pipeline = dali.Pipeline(batch, num_threads=self._settings.threads, device_id=gpu, prefetch_queue_depth=depth)
+        with pipeline:
+            # The GPU may still read the bytes after a batch was collected, so there they are copied.
+            files = fn.external_source(name="files", dtype=types.UINT8, ndim=1, no_copy=not self._cuda)
+            images = fn.decoders.image(files, output_type=types.RGB, adjust_orientation=False, **options)
+            images = fn.resize(
+                images,
+                roi_start=source("start", types.FLOAT),
+                roi_end=source("stop", types.FLOAT),
+                size=source("size", types.FLOAT) if self._padded else preprocess.crop,
+                interp_type=kind[preprocess.interpolation],
+                antialias=True,
+            )
+            if self._padded:
+                images = fn.slice(
+                    images,
+                    start=source("offset", types.INT32),
+                    shape=preprocess.crop,
+                    axes=(0, 1),
+                    out_of_bounds_policy="pad",
+                    fill_values=self._settings.fill,
+                )
+            pipeline.set_outputs(images)
+        pipeline.build()
+        # A pipeline's first schedule_run starts `depth` batches and every later one starts one. So the first ones
+        # are dummies; they also start every thread here, where their niceness is inherited.
+        black = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(black, "JPEG")
+        for _ in range(depth):
+            self._feed(pipeline, [_Item(black.getvalue(), (64, 64), preprocess.placement(64, 64))])
+        pipeline.schedule_run()
+        for _ in range(depth):
+            self._share(pipeline)
+        return pipeline
+
+
+def _meaning(error: Exception) -> str:
+    """What one of DALI's messages says, without its preamble, traceback, epilogue and place in its sources."""
+    frame = ("Critical error in pipeline", "Current pipeline object")
+    lines = [text.strip() for text in str(error).rpartition("encountered:")[2].splitlines()]
+    for text in lines:
+        if text and not text.startswith(frame):
+            return line(re.sub(r"^\[\S+:\d+\]\s*", "", text).rstrip(" :"))
+    return type(error).__name__
+
+
+def _raise_if_fatal(error: Exception) -> None:
+    """What no file can be blamed for ends the run instead of being recorded as a bad image."""
+    meaning = _meaning(error)
+    if re.search(r"\bcuda|out of memory|bad_alloc|failed to allocate|\bnvml", meaning, re.IGNORECASE):
+        advice = "try a smaller batch, or the decoder torchvision"
+        raise MaxactError(f"decoder: dali failed ({meaning}); {advice}") from error

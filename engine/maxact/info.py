@@ -1,0 +1,63 @@
+"""What there is to say of a store, as plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maxact.errors import MaxactError
+from maxact.store import Store
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """How a store was made, what is in it and what went wrong; ready for JSON. An unfinished one shows its last
+    commit."""
+    manifest = store.manifest
+    count = manifest.images["count"]
+    facts: dict[str, Any] = {
+        "store": str(store.path),
+        "format": manifest.format,
+        "finished": manifest.finished,
+        "model": manifest.model,
+        "preprocessing": manifest.preprocessing,
+        "images": manifest.images,
+        "settings": manifest.settings,
+        "versions": manifest.versions,
+    }
+    if manifest.finished:
+        facts["summary"] = manifest.summary
+    else:
+        state = store.state()
+        done = state.shards if state else frozenset()
+        shards = store.catalog.shards(manifest.settings["shard"])
+        images = sum(shard.stop - shard.start for shard in shards if shard.index in done)
+        facts["summary"] = f"unfinished: {images:,} of {count:,} images, {len(done)} of {len(shards)} shards"
+    facts["taps"] = _taps(store)
+    facts["errors"] = store.errors().to_pylist()
+    return facts
+
+
+def _taps(store: Store) -> list[dict[str, Any]]:
+    rows = []
+    for tap in store.manifest.taps:
+        row: dict[str, Any] = {
+            "tap": tap.name,
+            "layer": tap.layer,
+            "kind": tap.kind,
+            "channels": tap.channels,
+            "map": f"{tap.map[0]} x {tap.map[1]}",
+        }
+        try:
+            results = store[tap.name]
+        except MaxactError:  # nothing is committed yet
+            rows.append(row)
+            continue
+        stats = results.stats
+        row |= {
+            "dead": int(results.dead.sum()),
+            "mean": float(stats["mean"].mean()),
+            "active": float(stats["active"].mean()),
+            "highest": float(stats["max"].max()),
+            "unfit": results.unfit,
+        }
+        rows.append(row)
+    return rows

@@ -1,0 +1,131 @@
+"""What a person sees of a run: a live display on a terminal, plain lines elsewhere, and tables. Only here is rich."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from maxact.run import Progress
+
+LINE_SECONDS = 30.0  # between two lines where there is no terminal
+
+
+@contextmanager
+def display(quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
+    """Shows the run inside the block: messages always, and how far it is by calling what this gives.
+
+    On a terminal that is one live line, elsewhere a plain line every 30 s; `quiet` shows warnings only.
+    """
+    logger = logging.getLogger("maxact")
+    console = Console(stderr=True)
+    live = console.is_terminal and not quiet
+    handler: logging.Handler
+    if live:
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if live else "%(asctime)s %(message)s", "%H:%M:%S"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        if live:
+            with _live(console) as report:
+                yield report
+        else:
+            yield _Lines(logger)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[rest]}"),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("scan", total=None, rate="starting", rest="", start=True)
+        begun = time.monotonic()
+
+        def report(progress: Progress) -> None:
+            rate = progress.done / max(time.monotonic() - begun, 1e-9)
+            bar.update(
+                task,
+                total=progress.total,
+                completed=progress.before + progress.done,
+                rate=f"{rate:,.0f} img/s" if rate >= 10 else f"{rate:.1f} img/s",
+                rest=_rest(progress, time.monotonic() - begun),
+            )
+
+        yield report
+
+
+class _Lines:
+    """A plain line now and then, and one at the end."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._begun = self._said = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        at = progress.before + progress.done
+        if now - self._said < LINE_SECONDS and at < progress.total:
+            return
+        self._said = now
+        seconds = max(now - self._begun, 1e-9)
+        rate = progress.done / seconds
+        left = f"{(progress.total - at) / rate:,.0f} s left" if at < progress.total and rate else f"{seconds:,.0f} s"
+        rest = _rest(progress, seconds)
+        self._logger.info("%d of %d images, %.1f img/s, %s%s", at, progress.total, rate, left, rest and f", {rest}")
+
+
+def _rest(progress: Progress, seconds: float) -> str:
+    """The share of time spent waiting for images, and the images left out, where there are any."""
+    parts = [f"{progress.waited / max(seconds, 1e-9):.0%} waiting for images"]
+    if progress.bad:
+        parts.append(f"{progress.bad} bad")
+    if progress.grey:
+        parts.append(f"{progress.grey} grey")
+    return ", ".join(parts)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """A table on standard output. Numbers stand on the right; nothing is cut off where there is no terminal."""
+    shown = [[_cell(value) for value in row] for row in rows]
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, name in enumerate(columns):
+        numeric = all(cell[1] for row in shown if (cell := row[index])[0])
+        table.add_column(name, justify="right" if numeric and shown else "left", overflow="fold")
+    for row in shown:
+        table.add_row(*(Text(cell[0]) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000
+    console.print(table)
+
+
+def _cell(value: object) -> tuple[str, bool]:
+    """The text of a cell, and whether it is a number."""
+    if isinstance(value, bool) or value is None:
+        return ("" if value is None else "yes" if value else "no"), False
+    if isinstance(value, int):
+        return f"{value:,}", True
+    if isinstance(value, float):
+        return f"{value:.4g}", True
+    return str(value), False

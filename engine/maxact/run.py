@@ -1,0 +1,321 @@
+"""Running a pass on this machine: settings to a job, a job to a finished store."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from maxact import taps
+from maxact.catalog import Catalog
+from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score
+from maxact.decode import choose_decoder
+from maxact.errors import MaxactError
+from maxact.manifest import Manifest
+from maxact.models import Model, Normalised, load_model
+from maxact.scan import Job, Tick
+from maxact.scan import scan as scan_shards
+from maxact.schedule import Schedule
+from maxact.store import Store
+
+log = logging.getLogger("maxact")
+_VERSIONED = ("maxact", "torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "zarr", "pillow")
+
+
+class Interrupted(MaxactError):
+    """The run was stopped by a signal, after a commit."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: images of the whole catalog, those that were done when the run started, those done in it,
+    bad ones and grey ones among them, and the seconds that it has waited for images."""
+
+    total: int
+    before: int
+    done: int = 0
+    bad: int = 0
+    grey: int = 0
+    waited: float = 0.0
+
+    def after(self, tick: Tick) -> Progress:
+        """The same one batch later."""
+        return replace(
+            self,
+            done=self.done + tick.images,
+            bad=self.bad + len(tick.bad),
+            grey=self.grey + tick.grey,
+            waited=self.waited + tick.waited,
+        )
+
+
+def scan(
+    network: str | nn.Module,
+    images: object,
+    store: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    where: Sequence[str] = (),
+    sample: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    layers: Sequence[str] = (),
+    at: At = "norm",
+    score: Sequence[Score] = ("max",),
+    top: int = 50,
+    bottom: int = 0,
+    resize: int | None = None,
+    crop: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+    fit: str | None = None,
+    preprocess: str | None = None,
+    precision: Precision | None = None,
+    batch: int | None = None,
+    shard: int | None = None,
+    decoder: DecoderName = "auto",
+    max_megapixels: float = 200.0,
+    skip_grey: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    readers: int = 16,
+    decode_threads: int | None = None,
+    max_bad: int | None = None,
+    retry_errors: bool = False,
+    overwrite: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Store:
+    """Scans images through a network and keeps, for every channel of every tap, the strongest peaks.
+
+    network: a torchvision name, `timm:NAME`, `package.module:callable`, or an nn.Module (`models.load_model`, which
+        also takes weights, resize, crop, mean, std, interpolation, fit and preprocess).
+    images: a folder, glob, list, tar archives or Parquet files, or a map-style Dataset (`Catalog.build`, which also
+        takes where, sample, seed and limit).
+    store: the folder of the result. Where there is one already, an unfinished scan of the same arguments goes on, a
+        finished one is only opened; of other arguments it is refused. `overwrite` starts again.
+    layers, at: what is recorded, and where in a layer's chain (`taps.find`).
+    score: `max`, `mean` or both; what ranks an image in a channel. top, bottom: how many to keep at either end.
+    precision: of the network; float32 on a CPU and float16 on CUDA unless told otherwise. batch: images in a batch;
+        shard: images between two points at which the scan can go on, rounded up to batches; both are kept for the
+        life of the store.
+    decoder: `dali`, `torchvision`, or DALI where it can be had. max_megapixels: larger images count as bad.
+        skip_grey leaves out pictures without colour.
+    device, threads, readers, decode_threads: where and with how many threads it runs.
+    max_bad: bad images that are borne before the run stops; 1 % unless told otherwise, but at least 10.
+        retry_errors: scan the shards of recorded errors again.
+    report: called after every batch, with how far it is.
+
+    In the main thread SIGINT and SIGTERM commit what is finished, then raise Interrupted. Raises UsageError for
+    arguments that cannot be meant, and MaxactError for all else that the caller can mend.
+    """
+    wanted = ScanConfig(
+        layers=tuple(layers),
+        at=at,
+        scores=tuple(score),
+        top=top,
+        bottom=bottom,
+        precision=precision,
+        batch=batch,
+        shard=shard,
+        decoder=decoder,
+        max_megapixels=max_megapixels,
+        skip_grey=skip_grey,
+    )
+    run = RunConfig(device, threads, readers, decode_threads, max_bad, retry_errors, overwrite)
+    model = load_model(
+        network,
+        weights=weights,
+        resize=resize,
+        crop=crop,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        fit=fit,
+        preprocess=preprocess,
+    )
+    selection = {"where": list(where), "sample": sample, "seed": seed, "limit": limit}
+    catalog = None
+    if overwrite or not Store.exists(store):
+        catalog = Catalog.build(images, where=where, sample=sample, seed=seed, limit=limit)
+    # all that can be wrong with the arguments is found before anything is on disk
+    with Store.lock(store):
+        opened, job = _open(Path(store), model, images, selection, catalog, wanted, run)
+        return _run(opened, job, report)
+
+
+def find_taps(model: Model, layers: Sequence[str] = (), at: At = "norm") -> taps.Found:
+    """The taps of a loaded model (`taps.find`), on images of its own size."""
+    preprocess = model.preprocess
+    blank = torch.zeros((2, *preprocess.shape), dtype=torch.float32 if preprocess.function else torch.uint8)
+    return taps.find(Normalised(model.network, model.preprocess), blank, layers, at)
+
+
+def _open(
+    path: Path,
+    model: Model,
+    images: object,
+    selection: dict[str, Any],
+    catalog: Catalog | None,
+    wanted: ScanConfig,
+    run: RunConfig,
+) -> tuple[Store, Job]:
+    """The store, started or found to be that of the same scan, and the job that fills it."""
+    device = run.torch_device()
+    pictures = _is_dataset(images)
+    decoder = cast(DecoderName, choose_decoder(wanted.decoder, model.preprocess, pictures))
+    wanted = replace(wanted, decoder=decoder)
+    found = find_taps(model, wanted.layers, wanted.at)
+    fresh = run.overwrite or not Store.exists(path)
+    if fresh:
+        assert catalog is not None
+        if Store.exists(path):
+            Store.remove(path)
+        settings = wanted.resolve(device)
+        count = len(catalog)
+    else:
+        store = Store(path)
+        saved = store.manifest.settings
+        chosen = {name: saved[name] for name in ("precision", "batch", "shard") if getattr(wanted, name) is None}
+        settings = replace(wanted, **chosen)
+        settings = settings.resolve(device)
+        count = store.manifest.images["count"]
+    manifest = Manifest(
+        model={"name": model.name, "weights": model.weights, "sha256": model.sha256},
+        preprocessing=model.preprocess.to_json(),
+        images={"source": _describe_source(images), **selection, "count": count},
+        settings=settings.to_json(),
+        taps=found.taps,
+        versions=_versions(device),
+    )
+    if fresh:
+        assert catalog is not None
+        store = Store.create(path, manifest, catalog)
+        _log_start(manifest, found, device)
+    elif differences := store.manifest.differences(manifest):
+        raise MaxactError(
+            f"{path}: was made otherwise ({'; '.join(differences)}); "
+            "give the same arguments, another store, or --overwrite"
+        )
+    job = Job(
+        model.network,
+        model.preprocess,
+        found.taps,
+        Catalog(store.catalog.table, images if pictures else None),
+        settings,
+        run,
+        device,
+    )
+    return store, job
+
+
+def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
+    """Scans what is left of a store and finishes it."""
+    if store.manifest.finished and not (job.run.retry_errors and store.has_held()):
+        log.info("%s: done already, %d images", store.path, len(job.catalog))
+        return store
+    schedule = Schedule(store, retry_errors=job.run.retry_errors, allowed_bad=job.run.allowed_bad(len(job.catalog)))
+    if store.manifest.finished:
+        store.reopen()
+    progress = Progress(len(job.catalog), schedule.images_done, bad=len(schedule.bad))
+    if progress.before:
+        log.info("%s: going on after %d of %d images", store.path, progress.before, progress.total)
+
+    def note(tick: Tick) -> None:
+        nonlocal progress
+        progress = progress.after(tick)
+        schedule.note(tick)
+        report(progress)
+
+    with _signals(schedule.stop) as caught:
+        schedule.run(lambda shards: scan_shards(job, shards, schedule.stop, note))
+        if caught:
+            name = signal.Signals(caught[0]).name
+            done = f"{schedule.images_done} of {progress.total} images are committed"
+            message = f"stopped by {name}: {done}; run the same again to go on"
+            raise Interrupted(caught[0], message)
+        schedule.finish()
+    for tap in store:
+        if unfit := store[tap].unfit:
+            log.warning("%s: maps with NaN or infinity on %d images were left out", tap, unfit)
+    return store
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM set `stop` and are listed; a second one ends the process at once, as it would have."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        stop.set()
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _is_dataset(images: object) -> bool:
+    return not isinstance(images, str | bytes | os.PathLike | list | tuple)
+
+
+def _describe_source(images: object) -> Any:
+    """What a store says of where its images came from: absolute paths, or the kind of Dataset."""
+    if _is_dataset(images):
+        return f"{type(images).__module__}.{type(images).__qualname__} of {len(images)}"  # type: ignore[arg-type]
+    if isinstance(images, list | tuple):
+        return [_describe_source(image) for image in images]
+    path = os.path.abspath(os.fsdecode(images))  # type: ignore[arg-type]
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return versions | {"device": f"{device} ({name})"}
+
+
+def _log_start(manifest: Manifest, found: taps.Found, device: torch.device) -> None:
+    settings = manifest.settings
+    log.info(
+        "%s (weights %s), %d taps with %d channels, %d images, %s on %s, batches of %d",
+        manifest.model["name"],
+        manifest.model["weights"],
+        len(found.taps),
+        found.channels,
+        manifest.images["count"],
+        settings["precision"],
+        device,
+        settings["batch"],
+    )
+    if found.idle:
+        log.info("never run by the network, so left out: %s", ", ".join(found.idle))

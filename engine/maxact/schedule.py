@@ -1,0 +1,115 @@
+"""What every way of running has in common: which shards are left, what is merged, and when it is committed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from maxact.catalog import Shard
+from maxact.errors import MaxactError
+from maxact.loader import Unreadable
+from maxact.partial import BadImage, Partial
+from maxact.scan import Tick
+from maxact.store import Store
+
+COMMIT_SECONDS = 30.0  # between two commits, at least
+PAUSES = (5.0, 30.0, 120.0)  # seconds to wait for storage that has gone, growing; then the run stops
+_EXAMPLES = 3
+
+log = logging.getLogger("maxact")
+
+
+class Schedule:
+    """The shards of one store: what is done, what is left, and the merged result so far.
+
+    `retry_errors` takes the shards of recorded errors out again. Bad images are counted as they come, and more of
+    them than `allowed_bad` end the run. Setting `stop` ends it after the batch in hand.
+    """
+
+    def __init__(self, store: Store, *, retry_errors: bool = False, allowed_bad: int = 10) -> None:
+        self._store = store
+        self._allowed_bad = allowed_bad
+        self._shards = store.catalog.shards(store.manifest.settings["shard"])
+        self._result = store.state()
+        self._uncommitted = False
+        self._committed = time.monotonic()
+        self._failure: MaxactError | None = None
+        self.stop = threading.Event()
+        if retry_errors and self._result is not None:
+            for index in sorted(self._result.held):
+                self._result = self._result.without(self._shards[index])
+        self.bad: dict[int, BadImage] = {bad.image: bad for bad in self._result.bad} if self._result else {}
+
+    @property
+    def left(self) -> list[Shard]:
+        """The shards that are not done, in order."""
+        done = self._result.shards if self._result else frozenset()
+        return [shard for shard in self._shards if shard.index not in done]
+
+    @property
+    def images_done(self) -> int:
+        """Images in finished shards."""
+        return len(self._store.catalog) - sum(shard.stop - shard.start for shard in self.left)
+
+    def run(
+        self,
+        scan: Callable[[Iterator[Shard]], Iterator[Partial]],
+        pauses: tuple[float, ...] = PAUSES,
+    ) -> None:
+        """Scans what is left, committing as it goes and once more however it ends.
+
+        Where the images cannot be read, it goes on after a pause, with all that it has; where no shard was
+        finished between two such pauses, they grow, and after the last of `pauses` the run ends.
+
+        Raises MaxactError for that, and for too many bad images.
+        """
+        waits = iter(pauses)
+        try:
+            while self.left and not self.stop.is_set():
+                before = len(self.left)
+                try:
+                    for partial in scan(iter(self.left)):
+                        self._finish(partial)
+                except Unreadable as error:
+                    waits = iter(pauses) if len(self.left) < before else waits
+                    pause = next(waits, None)
+                    if pause is None:
+                        raise
+                    log.warning("%s (trying again in %.0f s)", error, pause)
+                    self.commit()
+                    self.stop.wait(pause)
+        finally:
+            self.commit()
+        if self._failure:
+            raise self._failure
+
+    def note(self, tick: Tick) -> None:
+        """Counts bad images as they come, and stops the run where there are too many."""
+        self.bad |= {bad.image: bad for bad in tick.bad}
+        if len(self.bad) > self._allowed_bad and not self._failure:
+            examples = "; ".join(f"{bad.key}: {bad.error}" for bad in list(self.bad.values())[-_EXAMPLES:])
+            self._failure = MaxactError(
+                f"{len(self.bad)} images are bad, more than the {self._allowed_bad} that --max-bad allows "
+                f"({examples}); mend them and start again with --overwrite, or allow more and run the same again"
+            )
+            self.stop.set()
+
+    def _finish(self, partial: Partial) -> None:
+        self._result = partial if self._result is None else self._result.merge(partial)
+        self._uncommitted = True
+        if time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Writes the finished shards to disk, if there are any that are not there yet."""
+        if self._uncommitted and self._result is not None:
+            self._store.commit(self._result)
+            self._uncommitted = False
+        self._committed = time.monotonic()
+
+    def finish(self) -> None:
+        """Writes the store's arrays. Every shard must be done."""
+        assert self._result is not None and not self.left
+        self._store.finish(self._result)

@@ -1,0 +1,312 @@
+"""Where images come from: folders, globs, lists, archives and Datasets, each as a stream of rows.
+
+Paths are bytes from end to end, as the file system gives them; text is made of them only for keys, labels, sorting and
+messages, as UTF-8 with lone surrogates for what is none. So neither the locale nor odd names change what is found.
+"""
+
+import csv
+import errno
+import fnmatch
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+from braceexpand import braceexpand
+from natsort import natsort_keygen
+
+from maxact import archives
+from maxact.archives import Row, printable, show, text
+from maxact.errors import MaxactError, UsageError
+
+# The last ones can be decoded by no decoder here; they are listed so that they show as bad instead of missing.
+IMAGES = frozenset(
+    (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2"),
+        *("gif", "avif", "heic", "heif"),
+    )
+)
+LISTS = frozenset(["txt", "lst", "list", ""])
+ARCHIVES = frozenset(["tar", "parquet"])
+COMPRESSED = frozenset(["tgz", "tbz", "tbz2", "txz", "tzst", "gz", "bz2", "xz", "zst"])
+
+MISSING = frozenset([errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG])
+
+natural: Callable[[str], object] = natsort_keygen()
+
+
+class Place(NamedTuple):
+    """One file or folder that a source names."""
+
+    path: bytes  # absolute
+    pattern: tuple[str, ...]  # the components below the folder `path` that are to be matched; () for a file
+    key: str  # what the keys of its images start with
+    label: str  # of the files directly in it
+
+
+def find(source: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Iterator[Row]:
+    """The images of one folder, glob, list, archive or picture.
+
+    MaxactError: it is missing, cannot be read or indexed, or holds no image.
+    """
+    name = os.path.expanduser(os.fsdecode(source))
+    found = False
+    for place in _places(name):
+        for row in _folder(place) if place.pattern else _file(place.path, place.key):
+            found = True
+            yield row
+    if not found:
+        raise MaxactError(
+            f"{printable(name)} holds no images: looked for files that end in .jpg, .png, .webp, … in any case, "
+            "and not in hidden folders"
+        )
+
+
+def _places(name: str) -> Iterator[Place]:
+    """The files and folders that a name with braces and wildcards stands for; the name of a thing that exists wins."""
+    if _exists(name):
+        path = Path(name).absolute()
+        yield Place(os.fsencode(path), ("**",) if path.is_dir() else (), "" if path.is_dir() else path.name, "")
+        return
+    if not _magic(name):
+        raise MaxactError(f"{printable(name)} does not exist")
+    try:
+        names = list(braceexpand(name)) if "{" in name else [name]
+    except ValueError:
+        raise MaxactError(f"{printable(name)} does not exist, and its braces do not pair up") from None
+    # Keys are relative to the folder that all of them share: the components before the first wildcard or brace.
+    base = sum(1 for _ in takewhile(lambda part: not _magic(part), Path(name).absolute().parts))
+    for each in names:
+        path = Path(each).absolute()
+        below: tuple[str, ...]
+        if _exists(path):
+            key, below = "/".join(path.parts[base:]), ("**",) if path.is_dir() else ()
+        elif _magic(each):
+            fixed = [*takewhile(lambda part: not _magic(part), path.parts)]
+            # A folder that matches stands for all that is in it.
+            key, below = "/".join(fixed[base:]), (*path.parts[len(fixed) :], "**")
+            path = Path(*fixed)
+        else:
+            raise MaxactError(f"{printable(each)} does not exist (one of {printable(name)})")
+        yield Place(os.fsencode(path), below, key, os.path.basename(os.path.normpath(path)))
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in MISSING and error.errno != errno.EACCES:
+            return False
+        raise MaxactError(f"cannot read {printable(str(path))}: {error.strerror}") from None
+    except ValueError:  # a zero byte
+        return False
+    return True
+
+
+def _magic(name: str) -> bool:
+    return any(letter in name for letter in "*?[{")
+
+
+def _folder(place: Place) -> Iterator[Row]:
+    """The picture files of a folder, or where it has none, the images in its archives."""
+    found = False
+    for key, label, entry in _walk(place, IMAGES):
+        found = True
+        yield key, label, entry.path, 0, *_length_and_modified(entry.path)
+    if not found:
+        for key, _, entry in _walk(place, ARCHIVES):
+            yield from _file(entry.path, key)
+
+
+def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, os.DirEntry[bytes]]]:
+    """Key, label and entry of every file below a folder that matches its pattern, in natural order.
+
+    Links to folders are followed, but never into a folder that the walk is already inside. The last component of the
+    pattern must be "**", which matches any number of components.
+    """
+    pattern, last = place.pattern, len(place.pattern) - 1
+
+    def reach(states: Iterable[int], name: str) -> frozenset[int]:
+        """The components of the pattern that the next name may match, after those that `name` matched."""
+        moved = (i if pattern[i] == "**" else i + 1 for i in states if _matches(name, pattern[i]))
+        return frozenset(j for i in moved for j in starts(i))
+
+    def starts(i: int) -> Iterator[int]:
+        yield i
+        if pattern[i] == "**" and i < last:  # "**" may match nothing
+            yield from starts(i + 1)
+
+    def visit(
+        folder: bytes, key: str, label: str, states: frozenset[int], above: frozenset[tuple[int, int]]
+    ) -> Iterator[tuple[str, str, os.DirEntry[bytes]]]:
+        with archives.reading(folder):
+            status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        everything = last in states
+        for name, is_folder, entry in _listing(folder, suffixes):
+            reached = states if everything else reach(states, name)
+            if is_folder and reached:
+                yield from visit(entry.path, f"{key}{name}/", name, reached, above | {here})
+            elif last in reached:
+                yield key + name, label, entry
+
+    return visit(place.path, place.key and place.key + "/", place.label, frozenset(starts(0)), frozenset())
+
+
+def _matches(name: str, component: str) -> bool:
+    return component == "**" or fnmatch.fnmatchcase(name, component)
+
+
+def _listing(folder: bytes, suffixes: frozenset[str]) -> list[tuple[str, bool, os.DirEntry[bytes]]]:
+    """Name, whether it is a folder, and entry, of the folders and the files with these suffixes; none is hidden."""
+    listing = []
+    with archives.reading(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            name = text(entry.name)
+            if not name.startswith("."):
+                is_folder = _is_folder(entry)
+                if is_folder or archives.suffix(name) in suffixes:
+                    listing.append((name, is_folder, entry))
+    # The name itself settles the order of what is naturally equal, as 1.jpg and 01.jpg are.
+    listing.sort(key=lambda item: (natural(item[0]), item[0]))
+    return listing
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _file(path: bytes, key: str) -> Iterator[Row]:
+    """The images that a single file is, holds or lists."""
+    suffix = archives.suffix(key)
+    if suffix in IMAGES:
+        return iter([(key, _parent(key, path), path, 0, *_length_and_modified(path))])
+    if suffix == "tar":
+        return archives.tar_rows(path, key, IMAGES)
+    if suffix == "parquet":
+        if archives.holds_images(path):
+            return archives.parquet_rows(path, key)
+        return _listed(path, archives.parquet_paths(path))
+    if suffix == "csv":
+        return _listed(path, _csv_lines(path))
+    if suffix in LISTS:
+        return _listed(path, _text_lines(path))
+    if suffix in COMPRESSED:
+        raise MaxactError(f"{show(path)} is compressed, so its images cannot be read one by one: unpack it")
+    raise MaxactError(
+        f"{show(path)} cannot be indexed: give a folder, a glob, a list (.txt, .csv, .parquet), .tar archives or "
+        ".parquet files with images"
+    )
+
+
+def _listed(path: bytes, lines: Iterable[tuple[bytes, str | None]]) -> Iterator[Row]:
+    """The rows of a list of paths and labels, None for the folder's name. At least one of the files must be there."""
+    folder = os.path.dirname(path) + b"/"
+    first, exists = b"", False
+    for line, label in lines:
+        source = line if line.startswith(b"/") else folder + line
+        key = text(line)
+        length, modified = _length_and_modified(source)
+        first, exists = first or source, exists or length > 0 or modified != 0
+        yield key, _parent(key, source) if label is None else label, source, 0, length, modified
+    if first and not exists:
+        raise MaxactError(
+            f"none of the files that {show(path)} lists can be found, the first of them {show(first)}: relative paths "
+            "start at the folder of the list"
+        )
+
+
+def _parent(key: str, source: bytes) -> str:
+    name = key.rpartition("/")[0].rpartition("/")[2]
+    if name in ("", ".", ".."):
+        name = text(os.path.basename(os.path.dirname(os.path.normpath(source))))
+    return name
+
+
+def _text_lines(path: bytes) -> Iterator[tuple[bytes, None]]:
+    with archives.reading(path), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.rstrip(b"\r\n")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if b"\0" in line:
+                raise MaxactError(f"{show(path)} is not a list of paths: line {number} holds a zero byte")
+            if line and not line.isspace() and not line.startswith(b"#"):
+                yield line, None
+
+
+def _csv_lines(path: bytes) -> Iterator[tuple[bytes, str | None]]:
+    with (
+        archives.reading(path),
+        open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
+        rows = csv.reader(file, strict=True)
+        try:
+            header = next(rows, [])
+            names = [name.strip().lower() for name in header]
+            if names and archives.suffix(names[0]) in IMAGES:
+                raise MaxactError(f"{show(path)} has no header: its first line must name its columns, as in path,label")
+            column = names.index("path") if "path" in names else 0
+            label = names.index("label") if "label" in names else None
+            for row in rows:
+                if len(row) <= max(column, label or 0) and any(row):
+                    raise MaxactError(f"{show(path)}, line {rows.line_num}: {len(row)} columns are too few")
+                if any(row) and not row[0].startswith("#") and row[column]:
+                    where = row[column].encode("utf-8", "surrogateescape")
+                    if b"\0" in where:
+                        raise MaxactError(f"{show(path)}, line {rows.line_num}: the path holds a zero byte")
+                    yield where, None if label is None else row[label]
+        except csv.Error as error:
+            raise MaxactError(f"{show(path)}, line {rows.line_num}: {error}") from None
+
+
+def _length_and_modified(path: bytes) -> tuple[int, int]:
+    """Size and modification time in nanoseconds; 0 and 0 for a file that is missing, which reading reports as bad."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in MISSING:
+            return 0, 0
+        # A mount that has gone away must not turn the rest of the list into missing files.
+        raise MaxactError(f"cannot read {show(path)}: {error.strerror}") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def items(dataset: object) -> Iterator[Row]:
+    """The rows of a map-style Dataset: its indices, with labels where it has `targets`. No item is fetched.
+
+    UsageError: it is none.
+    """
+    try:
+        count = len(dataset)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        count = None
+    if count is None or not hasattr(dataset, "__getitem__"):
+        raise UsageError(
+            f"images must be a path, a list of paths, or a Dataset with a length and items by number, "
+            f"not {type(dataset).__name__}"
+        )
+    if not count:
+        raise MaxactError(f"the {type(dataset).__name__} holds no images")
+    labels = _targets(dataset, count)
+    for index in range(count):
+        yield f"item/{index}", labels[index] if labels else "", b"", index, -1, 0
+
+
+def _targets(dataset: object, count: int) -> Sequence[str] | None:
+    targets = getattr(dataset, "targets", None)
+    if targets is None or len(targets) != count:
+        return None
+    classes = getattr(dataset, "classes", None)
+    values = targets.tolist() if hasattr(targets, "tolist") else targets
+    if classes is None or not all(isinstance(value, int) and 0 <= value < len(classes) for value in values):
+        return [str(value) for value in values]
+    # torchvision's ImageNet names a class by a tuple of synonyms.
+    names = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in classes]
+    return [names[value] for value in values]

@@ -1,0 +1,369 @@
+"""The store on disk: a Zarr group with what was found, the catalog beside it, and the states of an unfinished run.
+
+The only file that imports zarr. A run writes one file per commit, `run/state-N`, and the Zarr arrays once, from the
+last of them, when it is finished; until then the same results are read from the state.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import zarr
+import zarr.errors
+from numpy.typing import NDArray
+
+from maxact.catalog import Catalog, Changed
+from maxact.config import cores
+from maxact.decode import make_decoder
+from maxact.errors import MaxactError
+from maxact.files import replace_file, sync_folder
+from maxact.manifest import Manifest, shorten
+from maxact.models import Normalised
+from maxact.partial import BadImage, Partial
+from maxact.preprocess import Preprocess
+from maxact.stats import Stats
+from maxact.tap import Tap, columns
+from maxact.topk import List, Ranked
+
+_CHUNK = 2 << 20  # bytes that a chunk may have
+_ERRORS = pa.schema([("image", pa.int64()), ("key", pa.string()), ("stage", pa.string()), ("error", pa.string())])
+
+
+class Store:
+    """A store that exists. `store[tap]` is what one tap gave; iterating gives the taps' names."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the store at `path` for reading. Raises MaxactError where there is none."""
+        self.path = Path(path)
+        try:
+            group = zarr.open_group(self.path, mode="r", use_consolidated=False)
+            values = group.attrs["maxact"]
+        except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
+            raise MaxactError(f"{self.path}: not a maxact store (make one with `maxact scan`)") from error
+        self.manifest = Manifest.from_json(values, self.path)  # type: ignore[arg-type]
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], manifest: Manifest, catalog: Catalog) -> Store:
+        """Starts a store: the catalog, and the group with its attributes, which is what makes it one."""
+        folder = Path(path)
+        if folder.exists() and any(entry.name not in ("run", "images.parquet") for entry in folder.iterdir()):
+            raise MaxactError(f"{folder}: there is something else here; choose another place for the store")
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+        for state in folder.glob("run/state-*"):
+            state.unlink()
+        catalog.save(folder / "images.parquet")
+        zarr.create_group(folder, attributes={"maxact": manifest.to_json()})
+        sync_folder(folder)
+        return cls(folder)
+
+    @staticmethod
+    def exists(path: str | os.PathLike[str]) -> bool:
+        """Whether a store was started at `path`."""
+        return (Path(path) / "zarr.json").exists()
+
+    @staticmethod
+    def remove(path: str | os.PathLike[str]) -> None:
+        """Deletes the store at `path`, if it is one; the lock, which the caller holds, stays."""
+        Store(path)
+        # the group's own file goes last: until then the folder still says what it is
+        entries = sorted(Path(path).iterdir(), key=lambda entry: entry.name == "zarr.json")
+        for entry in (entry for entry in entries if entry.name != "run"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    @staticmethod
+    @contextmanager
+    def lock(path: str | os.PathLike[str]) -> Iterator[None]:
+        """Holds the store at `path` for one run. The system lets go when the process ends, however it does.
+
+        Raises MaxactError where another process holds it.
+        """
+        folder = Path(path) / "run"
+        if Path(path).exists() and not Path(path).is_dir():
+            raise MaxactError(f"{path}: is a file, not a folder; choose another place for the store")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = open(folder / "lock", "a+")  # noqa: SIM115 (open for as long as the lock is held)
+        except OSError as error:
+            raise MaxactError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise MaxactError(f"{path}: in use by {holder}; wait for it or stop it first") from error
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+            handle.flush()
+            yield
+
+    def commit(self, partial: Partial) -> None:
+        """Makes `partial` the state of the run: after this it survives anything; before, the last one does."""
+        states = self._states()
+        number = states[-1][0] + 1 if states else 0
+        path = self.path / "run" / f"state-{number}"
+        try:
+            replace_file(path, partial.save)
+        except OSError as error:
+            raise MaxactError(
+                f"{path}: cannot be written ({error.strerror}); make room and run the same again"
+            ) from error
+        for _, old in states:
+            old.unlink()
+
+    def state(self) -> Partial | None:
+        """What the last commit wrote; None before the first."""
+        states = self._states()
+        return Partial.load(states[-1][1]) if states else None
+
+    def has_held(self) -> bool:
+        """Whether there are shards with bad images, which can be scanned again."""
+        state = self.state()
+        return state is not None and bool(state.held)
+
+    def _states(self) -> list[tuple[int, Path]]:
+        """The states that are there, by number: one, or two where a commit was cut short before it tidied up."""
+        names = [path for path in (self.path / "run").glob("state-*") if path.name[6:].isdecimal()]
+        return sorted((int(path.name[6:]), path) for path in names)
+
+    def finish(self, partial: Partial) -> None:
+        """Writes the Zarr arrays and errors.parquet from the run's whole result.
+
+        Cut short it can be done again. The state goes when nothing in it can be scanned again.
+        """
+        group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
+        stats = partial.total()
+        for tap, start, stop in columns(self.manifest.taps):
+            self._write_tap(group, tap, partial, stats.columns(start, stop), start, stop)
+        write_errors(self.path / "errors.parquet", partial.bad)
+        summary = {
+            "images": self.manifest.images["count"],
+            "scanned": self.manifest.images["count"] - len(partial.bad) - sum(partial.grey.values()),
+            "bad": len(partial.bad),
+            "grey": sum(partial.grey.values()),
+        }
+        self.manifest = replace(self.manifest, finished=True, summary=summary)
+        group.attrs["maxact"] = self.manifest.to_json()
+        with warnings.catch_warnings():
+            # Zarr 3 calls consolidated metadata an extension, and the Parquet files beside the arrays unknown
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(self.path)
+        sync_folder(self.path)
+        self.__dict__.pop("_results", None)
+        if not partial.held:
+            for _, state in self._states():
+                state.unlink()
+
+    def reopen(self) -> None:
+        """Marks a finished store as unfinished again, before more is scanned into it."""
+        self.manifest = replace(self.manifest, finished=False, summary=None)
+        group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
+        group.attrs["maxact"] = self.manifest.to_json()
+        self.__dict__.pop("_results", None)
+
+    def _write_tap(self, group: zarr.Group, tap: Tap, partial: Partial, stats: Stats, start: int, stop: int) -> None:
+        attributes = {
+            "kind": tap.kind,
+            "layer": tap.layer,
+            "channels": tap.channels,
+            "map": list(tap.map),
+            "unfit": int(stats.unfit.max(initial=0)),
+        }
+        node = group.create_group(tap.name, attributes=attributes, overwrite=True)
+        for (score, end), top in partial.tops.items():
+            place = f"{score}/{end}"
+            ranked = Ranked(top.score[start:stop], top.image[start:stop], top.position[start:stop])
+            shown = self.manifest.settings[end]
+            lists = {place: shown}
+            if shown < ranked.image.shape[1]:
+                lists[f"{place}/candidates"] = ranked.image.shape[1]
+            for where, k in lists.items():
+                _write(node, f"{where}/image", ranked.image[:, :k], ("channel", "rank"), -1)
+                _write(node, f"{where}/score", ranked.values(end)[:, :k], ("channel", "rank"), np.nan)
+                if score == "max":
+                    position = _unravel(ranked.position[:, :k], tap.map)
+                    _write(node, f"{where}/position", position, ("channel", "rank", "axis"), -1)
+        for name, values in stats.describe(tap.positions).items():
+            _write(node, f"stats/{name}", values, ("channel",), 0 if name == "count" else np.nan)
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The images that the store was made from."""
+        return Catalog.load(self.path / "images.parquet")
+
+    @cached_property
+    def _results(self) -> Callable[[str], TapResults]:
+        """Reads one tap: from the arrays of a finished store, from the state of an unfinished one."""
+        if self.manifest.finished:
+            group = zarr.open_group(self.path, mode="r")
+            return lambda name: _results_from_group(self, group, name)
+        state = self.state()
+        if state is None:
+            raise MaxactError(
+                f"{self.path}: nothing is committed yet; wait for the first commit or start the scan again"
+            )
+        places = {tap.name: (tap, start, stop) for tap, start, stop in columns(self.manifest.taps)}
+        stats = state.total()
+        return lambda name: _results_from_state(self, state, stats, *places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (tap.name for tap in self.manifest.taps)
+
+    def __len__(self) -> int:
+        return len(self.manifest.taps)
+
+    def __getitem__(self, name: str) -> TapResults:
+        """What the tap `name` gave. Raises MaxactError for a name that is not there."""
+        if name not in set(self):
+            raise MaxactError(f"{self.path}: has no tap {name!r}; it has {shorten(', '.join(self))}")
+        return self._results(name)
+
+    def pixels(self, numbers: Sequence[int], dataset: object | None = None) -> torch.Tensor:
+        """The model inputs of some images before normalisation, as the scan decoded them.
+
+        uint8 [N, H, W, 3], or float32 [N, 3, H, W] from a preprocess function. `dataset` is the one that was
+        scanned, where it was one. Raises MaxactError where an image cannot be had any more.
+        """
+        settings = self.manifest.settings
+        decoder = make_decoder(
+            settings["decoder"],
+            Preprocess.from_json(self.manifest.preprocessing),
+            batch=len(numbers),
+            threads=cores(),
+            max_pixels=int(settings["max_megapixels"] * 1e6),
+            pictures=dataset is not None,
+        )
+        catalog = Catalog(self.catalog.table, dataset)
+        entries = [catalog.entry(number) for number in numbers]
+        with closing(catalog), closing(decoder):
+            try:
+                decoder.submit([catalog.read(entry) for entry in entries])
+            except (OSError, Changed) as error:
+                raise MaxactError(f"{self.path}: an image cannot be read any more ({error})") from error
+            decoded = decoder.collect()
+        for index, reason in decoded.errors.items():
+            raise MaxactError(f"{entries[index].key}: cannot be decoded any more ({reason})")
+        return decoded.images
+
+    def input(self, number: int, dataset: object | None = None) -> torch.Tensor:
+        """The exact tensor that the network saw of an image, float32 [3, H, W]; `dataset` as in `pixels`."""
+        normalised = Normalised(torch.nn.Identity(), Preprocess.from_json(self.manifest.preprocessing))
+        image: torch.Tensor = normalised(self.pixels([number], dataset))[0]
+        return image
+
+    def errors(self) -> pa.Table:
+        """The bad images so far: image, key, stage, error."""
+        if self.manifest.finished:
+            return pq.read_table(self.path / "errors.parquet")
+        state = self.state()
+        return _error_table(state.bad if state else ())
+
+
+@dataclass(frozen=True)
+class TapResults:
+    """What one tap gave: `lists` of peaks by score and end, and the statistics of its channels.
+
+    A list is (image int64 [C, k], score float32 [C, k], position int32 [C, k, 2] or None); `stats` has count, mean,
+    std, min, max and active, each [C].
+    """
+
+    store: Store
+    tap: Tap
+    lists: dict[List, tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32] | None]]
+    stats: dict[str, NDArray[Any]]
+    unfit: int
+
+    @property
+    def dead(self) -> NDArray[np.bool_]:
+        """[C]: channels that are never above zero."""
+        return ~(self.stats["max"] > 0)
+
+    def top(self, channel: int, score: str = "max", end: str = "top") -> pa.Table:
+        """One channel's list as a table: rank, image, key, label, score and, for maxima, row and column.
+
+        Raises MaxactError for a list or a channel that is not there.
+        """
+        if (score, end) not in self.lists:
+            raise MaxactError(f"{self.tap.name}: has no {score}/{end}; it has {', '.join(map('/'.join, self.lists))}")
+        if not 0 <= channel < self.tap.channels:
+            raise MaxactError(f"{self.tap.name}: expected a channel from 0 to {self.tap.channels - 1}, got {channel}")
+        image, value, position = self.lists[score, end]  # type: ignore[index]
+        filled = image[channel] >= 0
+        numbers = image[channel][filled]
+        named = self.store.catalog.table.take(pa.array(numbers))
+        table = {
+            "rank": pa.array(np.arange(len(numbers))),
+            "image": pa.array(numbers),
+            "key": named["key"],
+            "label": named["label"],
+            "score": pa.array(value[channel][filled]),
+        }
+        if position is not None:
+            table["row"], table["column"] = (pa.array(position[channel][filled][:, axis]) for axis in (0, 1))
+        return pa.table(table)
+
+
+def _results_from_group(store: Store, group: zarr.Group, name: str) -> TapResults:
+    tap = next(tap for tap in store.manifest.taps if tap.name == name)
+    node: Any = group[name]
+    lists: dict[List, Any] = {}
+    for score, end in store.manifest.lists():
+        place = node[f"{score}/{end}"]
+        position = place["position"][:] if score == "max" else None
+        lists[score, end] = (place["image"][:], place["score"][:], position)
+    stats = {column: node[f"stats/{column}"][:] for column in node["stats"]}
+    return TapResults(store, tap, lists, stats, node.attrs["unfit"])
+
+
+def _results_from_state(store: Store, state: Partial, stats: Stats, tap: Tap, start: int, stop: int) -> TapResults:
+    lists: dict[List, Any] = {}
+    for (score, end), top in state.tops.items():
+        k = store.manifest.settings[end]
+        ranked = Ranked(top.score[start:stop, :k], top.image[start:stop, :k], top.position[start:stop, :k])
+        position = _unravel(ranked.position, tap.map) if score == "max" else None
+        lists[score, end] = (ranked.image, ranked.values(end), position)
+    own = stats.columns(start, stop)
+    return TapResults(store, tap, lists, own.describe(tap.positions), int(own.unfit.max(initial=0)))
+
+
+def _unravel(position: NDArray[np.int32], shape: tuple[int, int]) -> NDArray[np.int32]:
+    """Row-major numbers [C, k] as rows and columns [C, k, 2], -1 where empty."""
+    rows, cols = np.divmod(position, np.int32(shape[1]))
+    return np.where(position[..., None] >= 0, np.stack([rows, cols], -1), np.int32(-1))
+
+
+def _write(group: zarr.Group, name: str, values: NDArray[Any], dimensions: tuple[str, ...], fill: float) -> None:
+    """One array, in chunks of whole channels of at most _CHUNK bytes."""
+    row = values[:1].nbytes or 1
+    chunk = max(1, min(len(values), _CHUNK // row))
+    group.create_array(
+        name,
+        data=np.ascontiguousarray(values),
+        chunks=(chunk, *values.shape[1:]),
+        dimension_names=dimensions,
+        fill_value=fill,
+        overwrite=True,
+    )
+
+
+def _error_table(bad: tuple[BadImage, ...]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(image) for image in bad], schema=_ERRORS)
+
+
+def write_errors(path: Path, bad: tuple[BadImage, ...]) -> None:
+    """Writes errors.parquet."""
+    replace_file(path, lambda aside: pq.write_table(_error_table(bad), aside))

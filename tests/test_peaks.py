@@ -1,0 +1,105 @@
+"""The peak kernels against plain numpy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from maxact_kernels import peaks
+from maxact_kernels.peaks import Peaks
+
+
+def by_numpy(maps: np.ndarray) -> dict[str, np.ndarray]:
+    """Peaks of maps [N, C, P], from their definition."""
+    finite = np.isfinite(maps).all(-1)
+    exact = np.where(finite[..., None], maps, 0).astype(np.float64)
+    return {
+        "max": np.where(finite, exact.max(-1), np.nan),
+        "position": np.where(finite, exact.argmax(-1), -1),
+        "min": np.where(finite, exact.min(-1), np.nan),
+        "mean": np.where(finite, exact.mean(-1), np.nan),
+        "square": np.where(finite, (exact**2).mean(-1), np.nan),
+        "active": np.where(finite, (exact > 0).sum(-1), 0),
+    }
+
+
+def by_kernel(maps: np.ndarray, channels_last: bool) -> Peaks:
+    out = Peaks.empty(*maps.shape[:2])
+    laid = np.ascontiguousarray(maps.transpose(0, 2, 1)) if channels_last else maps
+    peaks.reduce(laid, channels_last, out)
+    return out
+
+
+def check(got: dict[str, np.ndarray], maps: np.ndarray) -> None:
+    expected = by_numpy(maps)
+    for name in ("max", "position", "min", "active"):
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    scale = np.nanmax(np.abs(np.where(np.isfinite(maps), maps, 0)), initial=0)
+    np.testing.assert_allclose(got["mean"], expected["mean"], rtol=1e-6, atol=1e-6 * scale)
+    # a square below what float32 can hold is 0
+    np.testing.assert_allclose(got["square"], expected["square"], rtol=1e-5, atol=1e-37)
+
+
+# few different values, so that ties are everywhere
+values = st.one_of(
+    st.integers(-3, 3).map(float),
+    st.floats(-1000, 1000, width=32),
+    st.sampled_from([np.nan, np.inf, -np.inf]),
+)
+maps = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 70)).flatmap(
+    lambda shape: hnp.arrays(np.float32, shape, elements=values, fill=st.integers(-2, 2).map(float))
+)
+
+
+@settings(deadline=None)
+@given(maps, st.booleans())
+def test_kernels_give_what_numpy_gives(maps: np.ndarray, channels_last: bool) -> None:
+    check(vars(by_kernel(maps, channels_last)), maps)
+
+
+@settings(deadline=None)
+@given(maps)
+def test_the_torch_reference_gives_what_numpy_gives(maps: np.ndarray) -> None:
+    got = peaks.reference(torch.from_numpy(maps))
+    check(dict(zip(vars(Peaks.empty(1, 1)), (t.numpy() for t in got), strict=True)), maps)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("positions", [1, 7, 8, 15, 16, 17, 49, 12544])
+def test_the_lowest_position_wins_a_tie(positions: int, channels_last: bool) -> None:
+    rng = np.random.default_rng(positions)
+    maps = rng.integers(0, 2, (2, 33, positions)).astype(np.float32)
+    np.testing.assert_array_equal(by_kernel(maps, channels_last).position, maps.argmax(-1))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 5, 48])
+def test_one_bad_value_takes_only_its_own_map_out(value: float, place: int, channels_last: bool) -> None:
+    rng = np.random.default_rng(0)
+    maps = rng.standard_normal((2, 5, 49)).astype(np.float32)
+    clean = by_kernel(maps, channels_last)
+    maps[1, 3, place] = value
+    got = by_kernel(maps, channels_last)
+    assert np.isnan(got.max[1, 3]) and np.isnan(got.mean[1, 3]) and got.position[1, 3] == -1
+    others = np.ones((2, 5), bool)
+    others[1, 3] = False
+    for name, array in vars(got).items():
+        np.testing.assert_array_equal(array[others], getattr(clean, name)[others])
+
+
+def test_a_half_precision_map_is_reduced_in_float32() -> None:
+    maps = torch.full((1, 1, 4096), 0.1, dtype=torch.float16)
+    _, _, _, mean, square, _ = peaks.reference(maps)
+    value = float(torch.tensor(0.1, dtype=torch.float16))
+    assert mean.item() == pytest.approx(value, rel=1e-6)
+    assert square.item() == pytest.approx(value**2, rel=1e-6)
+
+
+def test_columns_and_rows_are_views() -> None:
+    whole = Peaks.empty(4, 6)
+    whole.max[:] = 0
+    whole.columns(2, 4).rows(1, 3).max[:] = 1
+    assert whole.max.sum() == 4 and whole.max[1:3, 2:4].all()
