@@ -38,5 +38,13 @@ format: $(READY)  ## bring the code into shape
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
+	$(PYTHON) bench/scan.py --images "$(IMAGES)"
+	$(PYTHON) bench/heaps.py
+	$(PYTHON) bench/decode.py --images "$(IMAGES)"
+	$(PYTHON) bench/memory.py --images "$(IMAGES)"
+	$(PYTHON) bench/catalog.py
+	$(PYTHON) bench/start.py
+
 clean:  ## remove what was built, the environment too
 	rm -rf $(VENV) demo bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis

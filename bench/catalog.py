@@ -4,7 +4,6 @@ Each measurement runs in a process of its own; memory is its peak over what the 
 once and stay warm, so that this measures maxact and not the disk.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -13,37 +12,27 @@ import tempfile
 import time
 from pathlib import Path
 
-BUDGET_SECONDS, BUDGET_MB = 10.0, 500.0
+BUDGET_SECONDS, BUDGET_MB = 10.0, 500.0  # for the list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=128_000)
-    parser.add_argument("--repeat", type=int, default=10, help="how often the list names each file")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        measure(*args.child)
+    """Measures and reports."""
+    if sys.argv[1:2] == ["--child"]:
+        measure(*sys.argv[2:])
         return
+    from common import arguments, finish
+
+    args = arguments(__doc__ or "", files=128_000, repeat=10)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         listing = make_files(Path(folder), args.files, args.repeat)
         for name, images in (("list", str(listing)), ("folder", f"{folder}/train")):
             command = [sys.executable, __file__, "--child", name, images]
-            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            results.append(result)
-            print(
-                f"{name:8}{result['images']:>10,} images: index {result['build_s']:.2f} s, "
-                f"peak {result['peak_mb']:.0f} MB over imports, save {result['save_s']:.2f} s "
-                f"({result['file_mb']:.0f} MB), load {result['load_s']:.2f} s, "
-                f"{result['entries_us']:.0f} us for 64 entries, read {result['read_us']:.1f} us a file"
-            )
-    first = results[0]
-    within = first["build_s"] <= BUDGET_SECONDS and first["peak_mb"] <= BUDGET_MB
-    print(f"budget: {BUDGET_SECONDS:.0f} s and {BUDGET_MB:.0f} MB: {'met' if within else 'NOT MET'}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    rows = [tuple(result.values()) for result in results]
+    within = results[0]["index s"] <= BUDGET_SECONDS and results[0]["peak MB over imports"] <= BUDGET_MB
+    budget = {"seconds": BUDGET_SECONDS, "MB": BUDGET_MB, "met": within}
+    finish("catalog", tuple(results[0]), rows, {"budget": budget}, args.json)
 
 
 def make_files(folder: Path, files: int, repeat: int) -> Path:
@@ -62,6 +51,7 @@ def make_files(folder: Path, files: int, repeat: int) -> Path:
 
 
 def measure(name: str, images: str) -> None:
+    """Prints the figures of one source as JSON."""
     from maxact.catalog import Catalog
 
     before = memory_kb("VmRSS")
@@ -74,7 +64,6 @@ def measure(name: str, images: str) -> None:
         start = time.perf_counter()
         catalog.save(path)
         save = time.perf_counter() - start
-        size = os.path.getsize(path)
         start = time.perf_counter()
         catalog = Catalog.load(path)
         load = time.perf_counter() - start
@@ -87,15 +76,14 @@ def measure(name: str, images: str) -> None:
         catalog.read(entry)
     read = (time.perf_counter() - start) / len(entries)
     figures = {
-        "name": name,
+        "source": name,
         "images": len(catalog),
-        "build_s": build,
-        "peak_mb": (peak - before) / 1024,
-        "save_s": save,
-        "file_mb": size / 1e6,
-        "load_s": load,
-        "entries_us": entries_time * 1e6,
-        "read_us": read * 1e6,
+        "index s": build,
+        "peak MB over imports": (peak - before) / 1024,
+        "save s": save,
+        "load s": load,
+        "64 entries us": entries_time * 1e6,
+        "read a file us": read * 1e6,
     }
     print(json.dumps(figures))
 

@@ -1,42 +1,34 @@
-"""Images a second of each decoder, files to model input (224 x 224 or what --resize and --crop say).
-
-    python bench/decode.py --images DIR [--json OUT.json]
-
-The files are read into memory first; depth batches are in flight, as in a scan. The rate is the best of the runs.
-"""
+"""Images per second of each decoder, from bytes in memory to model inputs, as many batches in flight as in a scan."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
-import platform
-import statistics
 import time
-from pathlib import Path
 
 import torch
 
+from common import arguments, finish, interleaved, median, photographs
+from maxact.catalog import Catalog
+from maxact.config import cores
 from maxact.decode import make_decoder
-from maxact.preprocess import Preprocess
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+from maxact.preprocess import Interpolation, Preprocess
 
 
-def rate(name: str, files: list[bytes], preprocess: Preprocess, args: argparse.Namespace, threads: int) -> float:
-    """Images a second over --seconds, after one pass over a batch to warm up."""
-    decoder = make_decoder(name, preprocess, batch=args.batch, threads=threads, device=args.device)
+def rate(
+    name: str, files: list[object], preprocess: Preprocess, batch: int, threads: int, device: str, seconds: float
+) -> float:
+    """Images per second, after a batch to warm up."""
+    decoder = make_decoder(name, preprocess, batch=batch, threads=threads, device=device)
     stream = itertools.cycle(files)
     try:
-        decoder.submit(list(itertools.islice(stream, args.batch)))
+        decoder.submit(list(itertools.islice(stream, batch)))
         assert not decoder.collect().errors
         for _ in range(decoder.depth):
-            decoder.submit(list(itertools.islice(stream, args.batch)))
-        done, start = 0, time.perf_counter()
-        while (passed := time.perf_counter() - start) < args.seconds:
+            decoder.submit(list(itertools.islice(stream, batch)))
+        done, begun = 0, time.perf_counter()
+        while (passed := time.perf_counter() - begun) < seconds:
             images = decoder.collect().images
-            decoder.submit(list(itertools.islice(stream, args.batch)))
+            decoder.submit(list(itertools.islice(stream, batch)))
             if images.is_cuda:
                 torch.cuda.synchronize()
             done += len(images)
@@ -46,38 +38,22 @@ def rate(name: str, files: list[bytes], preprocess: Preprocess, args: argparse.N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="a directory of photographs")
-    parser.add_argument("--limit", type=int, default=512, help="files to use")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--resize", type=int, default=256)
-    parser.add_argument("--crop", type=int, default=224)
-    parser.add_argument("--interpolation", nargs="+", default=["bilinear", "bicubic"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-
-    paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in SUFFIXES)[: args.limit]
-    if not paths:
-        parser.error(f"no images in {args.images}")
-    files = [path.read_bytes() for path in paths]
-    print(f"{len(files)} files of {statistics.mean(map(len, files)) / 1024:.0f} KiB, batch {args.batch}, {args.device}")
-    print(f"{'decoder':12} {'interpolation':14} {'threads':>7} {'images/s':>9}")
-    results = []
-    for interpolation in args.interpolation:
-        preprocess = Preprocess(resize=args.resize, crop=(args.crop, args.crop), interpolation=interpolation)
-        for name, threads in itertools.product(("dali", "torchvision"), args.threads):
-            rates = [rate(name, files, preprocess, args, threads) for _ in range(args.runs)]
-            row = {"decoder": name, "interpolation": interpolation, "threads": threads, "rate": max(rates)}
-            results.append({**row, "rates": rates})
-            print(f"{name:12} {interpolation:14} {threads:7} {max(rates):9.0f}", flush=True)
-    if args.json:
-        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-        settings = {"files": len(files), "batch": args.batch, "device": args.device, "resize": args.resize}
-        args.json.write_text(json.dumps({**machine, **settings, "crop": args.crop, "results": results}, indent=2))
+    """Measures and reports."""
+    args = arguments(__doc__ or "", images="", files=512, batch=32, device="cpu", seconds=2.0, rounds=5)
+    catalog = Catalog.build(photographs(args.images))
+    files = [catalog.read(entry) for entry in catalog.entries(0, min(args.files, len(catalog)))]
+    interpolations: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+    runs = {
+        (name, interpolation, threads): lambda name=name, interpolation=interpolation, threads=threads: rate(
+            name, files, Preprocess(interpolation=interpolation), args.batch, threads, args.device, args.seconds
+        )
+        for interpolation in interpolations
+        for threads in sorted({1, cores()})
+        for name in ("dali", "torchvision")
+    }
+    measured = interleaved({"/".join(map(str, key)): run for key, run in runs.items()}, args.rounds)
+    rows = [(*key, median(measured["/".join(map(str, key))])) for key in runs]
+    finish("decode", ("decoder", "interpolation", "threads", "img/s"), rows, {"measured": measured}, args.json)
 
 
 if __name__ == "__main__":

@@ -104,19 +104,18 @@ class Catalog:
                 raise UsageError(f"{name} must be at least 1, not {value}")
         if seed < 0:
             raise UsageError(f"seed must be at least 0, not {seed}")
-        if isinstance(images, PATH):
-            images = [images]
-        is_paths = isinstance(images, list | tuple) and all(isinstance(image, PATH) for image in images)
-        if is_paths:
-            table = _tabulate(chain.from_iterable(map(sources.find, images)))  # type: ignore[call-overload]
-        else:
+        if is_dataset(images):
             table = _tabulate(sources.items(images))
+        else:
+            paths = [images] if isinstance(images, PATH) else images
+            table = _tabulate(chain.from_iterable(map(sources.find, paths)))  # type: ignore[call-overload]
         if not len(table):
             raise MaxactError("no images were given")
         # Keys are settled before anything is left out, so that an image keeps its key in every selection.
         table = table.set_column(table.schema.get_field_index("key"), "key", unique(table["key"]))
         table = select(table, [where] if isinstance(where, str) else where, sample, seed, limit)
-        return cls(table.add_column(0, "image", pa.array(np.arange(len(table)))), None if is_paths else images)
+        table = table.add_column(0, "image", pa.array(np.arange(len(table))))
+        return cls(table, images if is_dataset(images) else None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dataset: object | None = None) -> "Catalog":
@@ -195,6 +194,13 @@ class Catalog:
         """Let go of open archives and of row groups in memory; a later `read` opens them again."""
         self._tars.close()
         self._groups.close()
+
+
+def is_dataset(images: object) -> bool:
+    """Whether `images` is to be taken as a map-style Dataset, and not as a path or a sequence of paths."""
+    if isinstance(images, list | tuple):
+        return not all(isinstance(image, PATH) for image in images)
+    return not isinstance(images, PATH)
 
 
 def _read_file(entry: Entry) -> bytes:

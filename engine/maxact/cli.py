@@ -6,6 +6,7 @@ What a command needs is imported when it runs, so that `maxact --help` answers a
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from maxact.environment import prepare
 from maxact.errors import MaxactError
 
 _MODEL = "a torchvision name (vgg16), timm:NAME, or package.module:callable that returns an nn.Module"
@@ -26,6 +28,9 @@ _IMAGES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and gives the exit code: 0, 1 for a failed run, 2 for a bad command line, 128 + a signal."""
+    prepare()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     options = vars(_parser().parse_args(argv))
     command: Callable[..., int] = options.pop("command")
     try:
@@ -48,7 +53,8 @@ def _scan(model: str, images: list[str], store: str, quiet: bool, **settings: An
     for name in ("layers", "where", "score"):
         settings[name] = settings[name] or (["max"] if name == "score" else [])
     with display(quiet) as report:
-        done = scan(model, images[0] if len(images) == 1 else images, store, report=report, **settings)
+        source = images[0] if len(images) == 1 else images
+        done = scan(model, source, store, report=report, native_log=True, **settings)
     if not quiet:
         print(f"{store}: {_summary(done)} (`maxact info {store}` says more)")
     return 0
@@ -109,7 +115,12 @@ def _demo(out: str, quiet: bool, overwrite: bool) -> int:
     with display(quiet) as report:
         count = demo.write_tiles(folder / "tiles")
         store = run.scan(
-            "maxact.demo:network", folder / "tiles", folder / "demo.zarr", overwrite=overwrite, report=report
+            "maxact.demo:network",
+            folder / "tiles",
+            folder / "demo.zarr",
+            overwrite=overwrite,
+            report=report,
+            native_log=True,
         )
     contact_sheet(store, telling_channels(store)).save(folder / "sheet.png")
     rows = []
@@ -133,12 +144,23 @@ def _summary(store: Any) -> str:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    return (int(height), int(width)) if width else int(height)
+    sides = text.lower().split("x")
+    try:
+        if len(sides) == 1:
+            return int(text)
+        height, width = map(int, sides)
+        return height, width
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected pixels as N or HxW, got {text!r}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"maxact: {message} (`{self.prog} --help` says more)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "maxact",
         description="For every channel of every layer of a convolutional network, the images that activate it most.",
     )

@@ -9,6 +9,7 @@ decoder.py has the interface, decode_dali.py and decode_torchvision.py the decod
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import sys
@@ -83,16 +84,22 @@ def native_stderr(log: int) -> Iterator[None]:
 
     nvImageCodec (inside DALI), libpng and OpenCV print lines of their own about damaged files, and no setting stops
     them (DALI_NVIMGCODEC_LOG_LEVEL ends at errors). This is for the command line, which owns its process; inside,
-    whoever writes to standard error has to look sys.stderr up anew.
+    whoever writes to standard error has to look sys.stderr up anew. What a library says when it takes the process
+    down is in the log; Python's own account of that (faulthandler) still arrives.
     """
     before = sys.stderr
     before.flush()
     terminal = os.dup(2)
     os.dup2(log, 2)
     sys.stderr = open(os.dup(terminal), "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    watch = not faulthandler.is_enabled()
+    if watch:
+        faulthandler.enable(sys.stderr)
     try:
         yield
     finally:
+        if watch:
+            faulthandler.disable()
         sys.stderr.close()
         sys.stderr = before
         os.dup2(terminal, 2)

@@ -71,7 +71,10 @@ def write_tiles(folder: Path) -> int:
                     tile = place / f"{side}-{y}-{x}.jpg"
                     if not tile.exists():
                         box = (x, y, x + side, y + side)
-                        photograph.resize((_TILE, _TILE), Image.Resampling.LANCZOS, box).save(tile, quality=92)
+                        aside = tile.with_suffix(".part")  # not one of the images, should this be cut short
+                        cut = photograph.resize((_TILE, _TILE), Image.Resampling.LANCZOS, box)
+                        cut.save(aside, "JPEG", quality=92)
+                        aside.replace(tile)
     return count
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maxact.files import replace_file
+from maxact.files import replace_file, writing
 from maxact.store import Store, TapResults
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
@@ -42,13 +42,17 @@ def export(store: Store | str | os.PathLike[str], out: str | os.PathLike[str]) -
 
     def write(aside: Path) -> None:
         nonlocal rows
-        with pq.ParquetWriter(aside, SCHEMA, compression="zstd", sorting_columns=order) as writer:
+        with (
+            open(aside, "wb") as file,  # Arrow itself takes no path that is not UTF-8
+            pq.ParquetWriter(file, SCHEMA, compression="zstd", sorting_columns=order) as writer,
+        ):
             for name in sorted(store):
                 table = _rows(store, store[name])
                 writer.write_table(table, row_group_size=max(1, len(table)))
                 rows += len(table)
 
-    replace_file(Path(out), write)
+    with writing(out):
+        replace_file(Path(out), write)
     return rows
 
 

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from maxact.errors import MaxactError
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], advice: str = "make room there or choose another place") -> Iterator[None]:
+    """Inside, what the system refuses is a MaxactError that names `path` and gives `advice`."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error  # Arrow's own text is a paragraph
+        raise MaxactError(f"{path}: cannot be written ({reason}); {advice}") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -22,6 +35,20 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def is_aside(path: Path) -> bool:
+    """Whether a file is what a write that was cut short left: one of `replace_file`'s, or one of Zarr's."""
+    return (path.name.startswith(".") and path.suffix == ".part") or path.suffix == ".partial"
+
+
+def sync_tree(path: Path) -> None:
+    """Makes every file in a folder, and in those below it, survive a loss of power."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(Path(folder))
 
 
 def sync_folder(path: Path) -> None:

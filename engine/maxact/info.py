@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from maxact.errors import MaxactError
@@ -54,10 +55,15 @@ def _taps(store: Store) -> list[dict[str, Any]]:
         stats = results.stats
         row |= {
             "dead": int(results.dead.sum()),
-            "mean": float(stats["mean"].mean()),
-            "active": float(stats["active"].mean()),
-            "highest": float(stats["max"].max()),
+            "mean": _number(stats["mean"].mean()),
+            "active": _number(stats["active"].mean()),
+            "highest": _number(stats["max"].max()),
             "unfit": results.unfit,
         }
         rows.append(row)
     return rows
+
+
+def _number(value: Any) -> float | None:
+    """None for NaN, which JSON does not have: no map entered."""
+    return None if math.isnan(value) else float(value)

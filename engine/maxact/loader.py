@@ -21,6 +21,7 @@ from maxact.partial import BadImage
 # A picture whose colour channels nowhere differ by more than this many levels of 255 counts as grey: JPEG's
 # rounding alone makes a few levels.
 GREY_LEVELS = 8
+_FEW = 2  # so many that cannot be read are bad files, however small the shard
 # A read that fails is tried again after these pauses, about 3 s in all: long enough for a server to come back to a
 # mount, short enough for the few files that are really gone.
 _again = tenacity.Retrying(
@@ -32,7 +33,7 @@ _again = tenacity.Retrying(
 
 
 class Unreadable(MaxactError):
-    """More than a tenth of a shard cannot be read: the storage is gone, not some files."""
+    """More than a tenth of a shard, and more than a few, cannot be read: the storage is gone, not some files."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def load(
     next shard is asked for while the last one is still on its way. A file that cannot be read or decoded leaves its
     place empty and changes nothing for the others. `shape` is that of an image in a batch.
 
-    Raises Unreadable where more than a tenth of a shard's images cannot be read.
+    Raises Unreadable where more than a tenth of a shard's images, and more than a few, cannot be read.
     """
     plan = _plan(catalog, shards, batch)
     ahead = 2 + 2 * readers // batch  # batches to read at once, so that every reader has work
@@ -98,10 +99,11 @@ def load(
                 slot = reading.popleft()
                 _start(slot, decoder)
                 decoding.append(slot)
-                _check_readable(slot, unread)
             if not decoding:
                 return
-            yield _finish(decoding.popleft(), decoder, batch, shape, skip_grey)
+            slot = decoding.popleft()
+            _check_readable(slot, unread)  # not earlier: the shards before this one can still be finished
+            yield _finish(slot, decoder, batch, shape, skip_grey)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -115,8 +117,8 @@ def _plan(catalog: Catalog, shards: Iterator[Shard], batch: int) -> Iterator[tup
 def _read(catalog: Catalog, entry: Entry) -> object:
     try:
         return catalog.read(entry)
-    except OSError:
-        if _was_missing(entry):
+    except OSError as error:
+        if _was_missing(entry) or _is_damage(error):
             raise
         return _again(catalog.read, entry)
 
@@ -124,6 +126,11 @@ def _read(catalog: Catalog, entry: Entry) -> object:
 def _was_missing(entry: Entry) -> bool:
     """Whether the file was already missing when the catalog was made."""
     return entry.length == 0 and entry.modified == 0
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a Dataset's picture is damaged: PIL says so in an OSError that has no number."""
+    return isinstance(error, OSError) and error.errno is None and not isinstance(error, ConnectionError | TimeoutError)
 
 
 def _is_read(slot: _Slot) -> bool:
@@ -140,7 +147,8 @@ def _start(slot: _Slot, decoder: Decoder) -> None:
         except MaxactError:
             raise
         except Exception as error:  # whatever a file system or a user's Dataset may raise is that image's error
-            slot.bad.append(BadImage(entry.number, entry.key, "read", _reason(error)))
+            stage = "decode" if _is_damage(error) else "read"
+            slot.bad.append(BadImage(entry.number, entry.key, stage, _reason(error)))
     slot.files.clear()
     if files:
         decoder.submit(files)
@@ -155,10 +163,11 @@ def _reason(error: Exception) -> str:
 def _check_readable(slot: _Slot, unread: dict[int, int]) -> None:
     """Raises Unreadable once too many images of a shard that were there once cannot be read."""
     missing = {entry.number for entry in slot.entries if _was_missing(entry)}
-    failed = [bad for bad in slot.bad if bad.image not in missing and not bad.error.startswith("changed")]
+    unread_now = [bad for bad in slot.bad if bad.stage == "read" and not bad.error.startswith("changed")]
+    failed = [bad for bad in unread_now if bad.image not in missing]
     shard = slot.shard
     unread[shard.index] = unread.get(shard.index, 0) + len(failed)
-    if unread[shard.index] * 10 > shard.stop - shard.start:
+    if unread[shard.index] > max(_FEW, (shard.stop - shard.start) // 10):
         raise Unreadable(
             f"{unread[shard.index]} of the {shard.stop - shard.start} images from {slot.entries[0].key} on cannot be "
             f"read, the last of them {failed[-1].key}: {failed[-1].error}; "

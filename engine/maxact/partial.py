@@ -91,7 +91,7 @@ class Partial:
         return total
 
     def save(self, path: Path) -> None:
-        """Writes everything to one file, in safetensors' format."""
+        """Writes everything to one file, in safetensors' format. Raises OSError where that cannot be done."""
         arrays: dict[str, NDArray[np.generic]] = {"shards": np.array(sorted(self.shards), np.int64)}
         for (score, end), top in self.tops.items():
             arrays |= {f"top/{score}/{end}/{name}": array for name, array in vars(top).items()}
@@ -103,7 +103,10 @@ class Partial:
             "held": sorted(self.held),
         }
         arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
-        safetensors.numpy.save_file(arrays, path)
+        try:
+            safetensors.numpy.save_file(arrays, path)
+        except safetensors.SafetensorError as error:  # a full disk comes as one, too
+            raise OSError(str(error)) from error
 
     @classmethod
     def load(cls, path: Path) -> Partial:

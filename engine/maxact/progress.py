@@ -33,11 +33,12 @@ def display(quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
     if live:
         handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
     else:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Plain()
     handler.setFormatter(logging.Formatter("%(message)s" if live else "%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setLevel(logging.WARNING if quiet else logging.INFO)
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.INFO)
     try:
         if live:
             with _live(console) as report:
@@ -47,6 +48,13 @@ def display(quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+class _Plain(logging.Handler):
+    """Prints messages to what is standard error at the time: a run may put another one there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -127,5 +135,5 @@ def _cell(value: object) -> tuple[str, bool]:
     if isinstance(value, int):
         return f"{value:,}", True
     if isinstance(value, float):
-        return f"{value:.4g}", True
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}", True
     return str(value), False

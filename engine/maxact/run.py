@@ -9,7 +9,7 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from maxact import taps
-from maxact.catalog import Catalog
+from maxact.catalog import Catalog, Shard, is_dataset
 from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score
-from maxact.decode import choose_decoder
+from maxact.decode import choose_decoder, native_stderr
 from maxact.errors import MaxactError
+from maxact.files import writing
 from maxact.manifest import Manifest
 from maxact.models import Model, Normalised, load_model
+from maxact.partial import Partial
 from maxact.scan import Job, Tick
 from maxact.scan import scan as scan_shards
 from maxact.schedule import Schedule
@@ -101,6 +103,7 @@ def scan(
     retry_errors: bool = False,
     overwrite: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    native_log: bool = False,
 ) -> Store:
     """Scans images through a network and keeps, for every channel of every tap, the strongest peaks.
 
@@ -121,6 +124,8 @@ def scan(
     max_bad: bad images that are borne before the run stops; 1 % unless told otherwise, but at least 10.
         retry_errors: scan the shards of recorded errors again.
     report: called after every batch, with how far it is.
+    native_log: for a process that does nothing else, as the command line is: what C libraries print to standard
+        error goes to the log of the run, STORE/run/log, too.
 
     In the main thread SIGINT and SIGTERM commit what is finished, then raise Interrupted. Raises UsageError for
     arguments that cannot be meant, and MaxactError for all else that the caller can mend.
@@ -150,38 +155,41 @@ def scan(
         fit=fit,
         preprocess=preprocess,
     )
+    # all that can be wrong with the arguments is found before anything is on disk
+    target = run.torch_device()
+    chosen = choose_decoder(wanted.decoder, model.preprocess, is_dataset(images))
+    wanted = replace(wanted, decoder=cast(DecoderName, chosen))
+    found = find_taps(model, wanted.layers, wanted.at)
     selection = {"where": list(where), "sample": sample, "seed": seed, "limit": limit}
     catalog = None
     if overwrite or not Store.exists(store):
         catalog = Catalog.build(images, where=where, sample=sample, seed=seed, limit=limit)
-    # all that can be wrong with the arguments is found before anything is on disk
-    with Store.lock(store):
-        opened, job = _open(Path(store), model, images, selection, catalog, wanted, run)
+    with Store.lock(store), _log_file(Path(store) / "run" / "log", native_log):
+        opened, job = _open(Path(store), model, found, images, selection, catalog, wanted, run, target)
         return _run(opened, job, report)
 
 
 def find_taps(model: Model, layers: Sequence[str] = (), at: At = "norm") -> taps.Found:
     """The taps of a loaded model (`taps.find`), on images of its own size."""
     preprocess = model.preprocess
-    blank = torch.zeros((2, *preprocess.shape), dtype=torch.float32 if preprocess.function else torch.uint8)
-    return taps.find(Normalised(model.network, model.preprocess), blank, layers, at)
+    weight = next(model.network.parameters(), torch.empty(0))
+    dtype = torch.float32 if preprocess.function else torch.uint8
+    blank = torch.zeros((2, *preprocess.shape), dtype=dtype, device=weight.device)
+    return taps.find(Normalised(model.network, preprocess).to(weight.device), blank, layers, at)
 
 
 def _open(
     path: Path,
     model: Model,
+    found: taps.Found,
     images: object,
     selection: dict[str, Any],
     catalog: Catalog | None,
     wanted: ScanConfig,
     run: RunConfig,
+    device: torch.device,
 ) -> tuple[Store, Job]:
     """The store, started or found to be that of the same scan, and the job that fills it."""
-    device = run.torch_device()
-    pictures = _is_dataset(images)
-    decoder = cast(DecoderName, choose_decoder(wanted.decoder, model.preprocess, pictures))
-    wanted = replace(wanted, decoder=decoder)
-    found = find_taps(model, wanted.layers, wanted.at)
     fresh = run.overwrite or not Store.exists(path)
     if fresh:
         assert catalog is not None
@@ -217,7 +225,7 @@ def _open(
         model.network,
         model.preprocess,
         found.taps,
-        Catalog(store.catalog.table, images if pictures else None),
+        Catalog(store.catalog.table, images if is_dataset(images) else None),
         settings,
         run,
         device,
@@ -227,15 +235,24 @@ def _open(
 
 def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
     """Scans what is left of a store and finishes it."""
-    if store.manifest.finished and not (job.run.retry_errors and store.has_held()):
+    if store.manifest.finished and not (job.run.retry_errors and store.errors().num_rows):
+        store.tidy()
         log.info("%s: done already, %d images", store.path, len(job.catalog))
         return store
     schedule = Schedule(store, retry_errors=job.run.retry_errors, allowed_bad=job.run.allowed_bad(len(job.catalog)))
     if store.manifest.finished:
         store.reopen()
-    progress = Progress(len(job.catalog), schedule.images_done, bad=len(schedule.bad))
-    if progress.before:
-        log.info("%s: going on after %d of %d images", store.path, progress.before, progress.total)
+    before = schedule.images_done
+    progress = Progress(len(job.catalog), before)
+    if before:
+        log.info("%s: going on after %d of %d images", store.path, before, progress.total)
+
+    def attempt(shards: Iterator[Shard]) -> Iterator[Partial]:
+        nonlocal progress
+        # what an attempt before this one had of a shard that it did not finish comes again
+        done = schedule.images_done - before
+        progress = replace(progress, done=done, bad=schedule.bad, grey=schedule.grey)
+        return scan_shards(job, shards, schedule.stop, note)
 
     def note(tick: Tick) -> None:
         nonlocal progress
@@ -244,17 +261,47 @@ def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
         report(progress)
 
     with _signals(schedule.stop) as caught:
-        schedule.run(lambda shards: scan_shards(job, shards, schedule.stop, note))
+        schedule.run(attempt)
         if caught:
             name = signal.Signals(caught[0]).name
             done = f"{schedule.images_done} of {progress.total} images are committed"
-            message = f"stopped by {name}: {done}; run the same again to go on"
+            message = f"stopped by {name}: {done}; run the same again (without --overwrite) to go on"
             raise Interrupted(caught[0], message)
         schedule.finish()
     for tap in store:
         if unfit := store[tap].unfit:
             log.warning("%s: maps with NaN or infinity on %d images were left out", tap, unfit)
     return store
+
+
+class _LogFile(logging.Handler):
+    """Appends messages to a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.INFO)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for as long as the handler is)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # a full disk: the next commit will say so
+            self.file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+
+
+@contextmanager
+def _log_file(path: Path, native: bool) -> Iterator[None]:
+    """Inside, messages go to a file too, and where `native` also what C libraries print to standard error."""
+    with writing(path):
+        handler = _LogFile(path)
+    log.addHandler(handler)
+    try:
+        with native_stderr(handler.file.fileno()) if native else nullcontext():
+            yield
+    except BaseException as error:
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (str(error) or repr(error),), None))
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.file.close()
 
 
 @contextmanager
@@ -279,13 +326,9 @@ def _signals(stop: threading.Event) -> Iterator[list[int]]:
             signal.signal(number, previous)
 
 
-def _is_dataset(images: object) -> bool:
-    return not isinstance(images, str | bytes | os.PathLike | list | tuple)
-
-
 def _describe_source(images: object) -> Any:
     """What a store says of where its images came from: absolute paths, or the kind of Dataset."""
-    if _is_dataset(images):
+    if is_dataset(images):
         return f"{type(images).__module__}.{type(images).__qualname__} of {len(images)}"  # type: ignore[arg-type]
     if isinstance(images, list | tuple):
         return [_describe_source(image) for image in images]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from maxact.catalog import Shard
 from maxact.errors import MaxactError
@@ -24,34 +24,46 @@ log = logging.getLogger("maxact")
 class Schedule:
     """The shards of one store: what is done, what is left, and the merged result so far.
 
-    `retry_errors` takes the shards of recorded errors out again. Bad images are counted as they come, and more of
-    them than `allowed_bad` end the run. Setting `stop` ends it after the batch in hand.
+    `retry_errors` scans the shards of recorded errors again. Bad images are counted as they come, and more of them
+    than `allowed_bad` end the run. Setting `stop` ends it after the batch in hand.
     """
 
     def __init__(self, store: Store, *, retry_errors: bool = False, allowed_bad: int = 10) -> None:
         self._store = store
         self._allowed_bad = allowed_bad
-        self._shards = store.catalog.shards(store.manifest.settings["shard"])
+        self._size: int = store.manifest.settings["shard"]
+        self._shards = store.catalog.shards(self._size)
         self._result = store.state()
         self._uncommitted = False
         self._committed = time.monotonic()
         self._failure: MaxactError | None = None
         self.stop = threading.Event()
-        if retry_errors and self._result is not None:
-            for index in sorted(self._result.held):
-                self._result = self._result.without(self._shards[index])
-        self.bad: dict[int, BadImage] = {bad.image: bad for bad in self._result.bad} if self._result else {}
+        # what these gave before stays in the result until they have been scanned again
+        self._again = set(self._result.held) if retry_errors and self._result else set()
+        self._bad: dict[int, BadImage] = {}
+        if self._result:
+            self._count_bad(bad for bad in self._result.bad if bad.image // self._size not in self._again)
 
     @property
     def left(self) -> list[Shard]:
         """The shards that are not done, in order."""
-        done = self._result.shards if self._result else frozenset()
+        done = (self._result.shards if self._result else frozenset()) - self._again
         return [shard for shard in self._shards if shard.index not in done]
 
     @property
     def images_done(self) -> int:
         """Images in finished shards."""
         return len(self._store.catalog) - sum(shard.stop - shard.start for shard in self.left)
+
+    @property
+    def bad(self) -> int:
+        """Bad images in finished shards."""
+        return len(self._result.bad) if self._result else 0
+
+    @property
+    def grey(self) -> int:
+        """Images without colour that finished shards left out."""
+        return sum(self._result.grey.values()) if self._result else 0
 
     def run(
         self,
@@ -86,17 +98,34 @@ class Schedule:
             raise self._failure
 
     def note(self, tick: Tick) -> None:
-        """Counts bad images as they come, and stops the run where there are too many."""
-        self.bad |= {bad.image: bad for bad in tick.bad}
-        if len(self.bad) > self._allowed_bad and not self._failure:
-            examples = "; ".join(f"{bad.key}: {bad.error}" for bad in list(self.bad.values())[-_EXAMPLES:])
+        """Counts bad images as they come, and stops the run where there are too many.
+
+        Those that cannot be read wait for the end of their shard: where the storage is gone, it never comes.
+        """
+        self._count_bad(bad for bad in tick.bad if bad.stage != "read")
+
+    def _count_bad(self, bad: Iterable[BadImage]) -> None:
+        self._bad |= {image.image: image for image in bad}
+        if len(self._bad) > self._allowed_bad and not self._failure:
+            examples = "; ".join(f"{bad.key}: {bad.error}" for bad in list(self._bad.values())[-_EXAMPLES:])
             self._failure = MaxactError(
-                f"{len(self.bad)} images are bad, more than the {self._allowed_bad} that --max-bad allows "
+                f"{len(self._bad)} images are bad, more than the {self._allowed_bad} that --max-bad allows "
                 f"({examples}); mend them and start again with --overwrite, or allow more and run the same again"
             )
             self.stop.set()
 
     def _finish(self, partial: Partial) -> None:
+        if self._result and partial.shards <= self._again:
+            self._again -= partial.shards
+            before = [bad for bad in self._result.bad if bad.image // self._size in partial.shards]
+            if lost := [bad for bad in partial.bad if bad.image not in {bad.image for bad in before}]:
+                # what this image had displaced from the lists is gone: they cannot do without it any more
+                log.warning("%s is bad now (%s) and was not: its shard stays as it was", lost[0].key, lost[0].error)
+                self._count_bad(before)
+                return
+            for index in partial.shards:
+                self._result = self._result.without(self._shards[index])
+        self._count_bad(partial.bad)
         self._result = partial if self._result is None else self._result.merge(partial)
         self._uncommitted = True
         if time.monotonic() - self._committed >= COMMIT_SECONDS:

@@ -30,7 +30,7 @@ from maxact.catalog import Catalog, Changed
 from maxact.config import cores
 from maxact.decode import make_decoder
 from maxact.errors import MaxactError
-from maxact.files import replace_file, sync_folder
+from maxact.files import is_aside, replace_file, sync_folder, sync_tree, writing
 from maxact.manifest import Manifest, shorten
 from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
@@ -40,6 +40,7 @@ from maxact.tap import Tap, columns
 from maxact.topk import List, Ranked
 
 _CHUNK = 2 << 20  # bytes that a chunk may have
+_ADVICE = "make room there and run the same again (without --overwrite) to go on"
 _ERRORS = pa.schema([("image", pa.int64()), ("key", pa.string()), ("stage", pa.string()), ("error", pa.string())])
 
 
@@ -52,7 +53,7 @@ class Store:
         try:
             group = zarr.open_group(self.path, mode="r", use_consolidated=False)
             values = group.attrs["maxact"]
-        except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
+        except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
             raise MaxactError(f"{self.path}: not a maxact store (make one with `maxact scan`)") from error
         self.manifest = Manifest.from_json(values, self.path)  # type: ignore[arg-type]
 
@@ -60,55 +61,57 @@ class Store:
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, catalog: Catalog) -> Store:
         """Starts a store: the catalog, and the group with its attributes, which is what makes it one."""
         folder = Path(path)
-        if folder.exists() and any(entry.name not in ("run", "images.parquet") for entry in folder.iterdir()):
-            raise MaxactError(f"{folder}: there is something else here; choose another place for the store")
-        (folder / "run").mkdir(parents=True, exist_ok=True)
-        for state in folder.glob("run/state-*"):
-            state.unlink()
-        catalog.save(folder / "images.parquet")
-        zarr.create_group(folder, attributes={"maxact": manifest.to_json()})
-        sync_folder(folder)
+        _check_place(folder)
+        with writing(folder):
+            (folder / "run").mkdir(parents=True, exist_ok=True)
+            for left in (*folder.glob("run/state-*"), *filter(is_aside, folder.iterdir())):
+                left.unlink()
+            catalog.save(folder / "images.parquet")
+            zarr.create_group(folder, attributes={"maxact": manifest.to_json()})
+            sync_folder(folder)
         return cls(folder)
 
     @staticmethod
     def exists(path: str | os.PathLike[str]) -> bool:
         """Whether a store was started at `path`."""
-        return (Path(path) / "zarr.json").exists()
+        return os.path.exists(os.path.join(path, "zarr.json"))
 
     @staticmethod
     def remove(path: str | os.PathLike[str]) -> None:
-        """Deletes the store at `path`, if it is one; the lock, which the caller holds, stays."""
-        Store(path)
-        # the group's own file goes last: until then the folder still says what it is
-        entries = sorted(Path(path).iterdir(), key=lambda entry: entry.name == "zarr.json")
-        for entry in (entry for entry in entries if entry.name != "run"):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Deletes the store at `path`, if it is one. The catalog and `run/`, with the lock that the caller holds,
+        stay: `create` replaces them."""
+        store = Store(path)
+        with writing(path):
+            # cut short, it is a store of the same scan in which nothing is done yet
+            store.reopen()
+            for _, state in store._states():
+                state.unlink()
+            entries = sorted(Path(path).iterdir(), key=lambda entry: entry.name == "zarr.json")
+            for entry in (entry for entry in entries if entry.name not in ("run", "images.parquet")):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     @staticmethod
     @contextmanager
     def lock(path: str | os.PathLike[str]) -> Iterator[None]:
         """Holds the store at `path` for one run. The system lets go when the process ends, however it does.
 
-        Raises MaxactError where another process holds it.
+        Raises MaxactError where another process holds it, and where there is something that is no store.
         """
+        _check_place(Path(path))
         folder = Path(path) / "run"
-        if Path(path).exists() and not Path(path).is_dir():
-            raise MaxactError(f"{path}: is a file, not a folder; choose another place for the store")
-        try:
+        with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
-            handle = open(folder / "lock", "a+")  # noqa: SIM115 (open for as long as the lock is held)
-        except OSError as error:
-            raise MaxactError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+            handle = open(folder / "lock", "ab+", buffering=0)  # noqa: SIM115 (open for as long as the lock is held)
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 handle.seek(0)
-                holder = handle.read().strip() or "another process"
+                holder = handle.read().decode().strip() or "another process"
                 raise MaxactError(f"{path}: in use by {holder}; wait for it or stop it first") from error
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-            handle.flush()
+            with writing(path):
+                handle.truncate(0)
+                handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
 
     def commit(self, partial: Partial) -> None:
@@ -116,24 +119,19 @@ class Store:
         states = self._states()
         number = states[-1][0] + 1 if states else 0
         path = self.path / "run" / f"state-{number}"
-        try:
+        with writing(path, _ADVICE):
             replace_file(path, partial.save)
-        except OSError as error:
-            raise MaxactError(
-                f"{path}: cannot be written ({error.strerror}); make room and run the same again"
-            ) from error
         for _, old in states:
             old.unlink()
 
     def state(self) -> Partial | None:
         """What the last commit wrote; None before the first."""
-        states = self._states()
-        return Partial.load(states[-1][1]) if states else None
-
-    def has_held(self) -> bool:
-        """Whether there are shards with bad images, which can be scanned again."""
-        state = self.state()
-        return state is not None and bool(state.held)
+        while states := self._states():
+            try:
+                return Partial.load(states[-1][1])
+            except FileNotFoundError:  # a run that goes on has committed once more
+                continue
+        return None
 
     def _states(self) -> list[tuple[int, Path]]:
         """The states that are there, by number: one, or two where a commit was cut short before it tidied up."""
@@ -143,36 +141,47 @@ class Store:
     def finish(self, partial: Partial) -> None:
         """Writes the Zarr arrays and errors.parquet from the run's whole result.
 
-        Cut short it can be done again. The state goes when nothing in it can be scanned again.
+        Cut short it can be done again: until the very end the store is an unfinished one. The state goes when
+        nothing in it can be scanned again.
         """
-        group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
-        stats = partial.total()
-        for tap, start, stop in columns(self.manifest.taps):
-            self._write_tap(group, tap, partial, stats.columns(start, stop), start, stop)
-        write_errors(self.path / "errors.parquet", partial.bad)
         summary = {
             "images": self.manifest.images["count"],
             "scanned": self.manifest.images["count"] - len(partial.bad) - sum(partial.grey.values()),
             "bad": len(partial.bad),
             "grey": sum(partial.grey.values()),
         }
-        self.manifest = replace(self.manifest, finished=True, summary=summary)
-        group.attrs["maxact"] = self.manifest.to_json()
-        with warnings.catch_warnings():
+        stats = partial.total()
+        with writing(self.path, _ADVICE), warnings.catch_warnings():
             # Zarr 3 calls consolidated metadata an extension, and the Parquet files beside the arrays unknown
             warnings.simplefilter("ignore")
-            zarr.consolidate_metadata(self.path)
-        sync_folder(self.path)
-        self.__dict__.pop("_results", None)
-        if not partial.held:
-            for _, state in self._states():
-                state.unlink()
+            group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
+            for tap, start, stop in columns(self.manifest.taps):
+                self._write_tap(group, tap, partial, stats.columns(start, stop), start, stop)
+            write_errors(self.path / "errors.parquet", partial.bad)
+            group = zarr.consolidate_metadata(self.path)
+            for left in filter(is_aside, self.path.rglob("*")):
+                left.unlink()
+            sync_tree(self.path)
+            self._mark(group, finished=True, summary=summary)
+            self.tidy()
 
     def reopen(self) -> None:
         """Marks a finished store as unfinished again, before more is scanned into it."""
-        self.manifest = replace(self.manifest, finished=False, summary=None)
-        group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
+        with writing(self.path):
+            group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
+            self._mark(group, finished=False, summary=None)
+
+    def tidy(self) -> None:
+        """Deletes the states of a finished store, unless it has bad images, whose shards can be scanned again."""
+        if not self.errors().num_rows:
+            for _, state in self._states():
+                state.unlink()
+
+    def _mark(self, group: zarr.Group, **changes: Any) -> None:
+        """Changes the manifest, here and on disk, in one write."""
+        self.manifest = replace(self.manifest, **changes)
         group.attrs["maxact"] = self.manifest.to_json()
+        sync_folder(self.path)
         self.__dict__.pop("_results", None)
 
     def _write_tap(self, group: zarr.Group, tap: Tap, partial: Partial, stats: Stats, start: int, stop: int) -> None:
@@ -188,15 +197,16 @@ class Store:
             place = f"{score}/{end}"
             ranked = Ranked(top.score[start:stop], top.image[start:stop], top.position[start:stop])
             shown = self.manifest.settings[end]
-            lists = {place: shown}
+            lists = [(place, shown, "rank")]
             if shown < ranked.image.shape[1]:
-                lists[f"{place}/candidates"] = ranked.image.shape[1]
-            for where, k in lists.items():
-                _write(node, f"{where}/image", ranked.image[:, :k], ("channel", "rank"), -1)
-                _write(node, f"{where}/score", ranked.values(end)[:, :k], ("channel", "rank"), np.nan)
+                # a dimension of its own: xarray wants one that bears the same name to be as long in a group below
+                lists.append((f"{place}/candidates", ranked.image.shape[1], "candidate"))
+            for where, k, name in lists:
+                _write(node, f"{where}/image", ranked.image[:, :k], ("channel", name), -1)
+                _write(node, f"{where}/score", ranked.values(end)[:, :k], ("channel", name), np.nan)
                 if score == "max":
                     position = _unravel(ranked.position[:, :k], tap.map)
-                    _write(node, f"{where}/position", position, ("channel", "rank", "axis"), -1)
+                    _write(node, f"{where}/position", position, ("channel", name, "axis"), -1)
         for name, values in stats.describe(tap.positions).items():
             _write(node, f"stats/{name}", values, ("channel",), 0 if name == "count" else np.nan)
 
@@ -268,7 +278,7 @@ class Store:
     def errors(self) -> pa.Table:
         """The bad images so far: image, key, stage, error."""
         if self.manifest.finished:
-            return pq.read_table(self.path / "errors.parquet")
+            return pq.read_table(pa.OSFile(os.fsencode(self.path / "errors.parquet")))
         state = self.state()
         return _error_table(state.bad if state else ())
 
@@ -331,8 +341,8 @@ def _results_from_group(store: Store, group: zarr.Group, name: str) -> TapResult
 
 def _results_from_state(store: Store, state: Partial, stats: Stats, tap: Tap, start: int, stop: int) -> TapResults:
     lists: dict[List, Any] = {}
-    for (score, end), top in state.tops.items():
-        k = store.manifest.settings[end]
+    for score, end in store.manifest.lists():
+        top, k = state.tops[score, end], store.manifest.settings[end]
         ranked = Ranked(top.score[start:stop, :k], top.image[start:stop, :k], top.position[start:stop, :k])
         position = _unravel(ranked.position, tap.map) if score == "max" else None
         lists[score, end] = (ranked.image, ranked.values(end), position)
@@ -360,10 +370,30 @@ def _write(group: zarr.Group, name: str, values: NDArray[Any], dimensions: tuple
     )
 
 
+def _check_place(folder: Path) -> None:
+    """Raises MaxactError where a folder holds anything but a store, or the beginnings of one."""
+    if not os.path.exists(folder):
+        return
+    if not folder.is_dir():
+        raise MaxactError(f"{folder}: is a file, not a folder; choose another place for the store")
+    if Store.exists(folder):
+        Store(folder)
+        return
+    with writing(folder):
+        others = [item for item in folder.iterdir() if item.name not in ("run", "images.parquet")]
+    if not all(map(is_aside, others)):
+        raise MaxactError(f"{folder}: there is something else here; choose another place for the store")
+
+
 def _error_table(bad: tuple[BadImage, ...]) -> pa.Table:
     return pa.Table.from_pylist([asdict(image) for image in bad], schema=_ERRORS)
 
 
 def write_errors(path: Path, bad: tuple[BadImage, ...]) -> None:
     """Writes errors.parquet."""
-    replace_file(path, lambda aside: pq.write_table(_error_table(bad), aside))
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:  # Arrow itself takes no path that is not UTF-8
+            pq.write_table(_error_table(bad), file)
+
+    replace_file(path, write)

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from maxact.config import At, Precision
-from maxact.errors import MaxactError
+from maxact.errors import MaxactError, UsageError
 from maxact.models import Normalised
 from maxact.tap import Tap, columns
 from maxact.trace import Call, trace
@@ -94,7 +94,7 @@ def _choose(modules: dict[str, nn.Module], layers: Sequence[str]) -> tuple[list[
         if not matches:
             near = difflib.get_close_matches(pattern, modules, n=5, cutoff=0.3)
             hint = f"; close to it: {', '.join(near)}" if near else ""
-            raise MaxactError(f"layers: nothing in the network matches {pattern!r}{hint} (`maxact layers` lists all)")
+            raise UsageError(f"layers: nothing in the network matches {pattern!r}{hint} (`maxact layers` lists all)")
         chosen.update(matches)
     return [path for path in modules if path in chosen | exact], exact
 
@@ -213,7 +213,10 @@ class Taps:
         self._pool.shutdown()
 
     def __call__(self, images: torch.Tensor) -> Pending:
-        """Runs a batch: `images` as the network takes them, [N, ...], on its device."""
+        """Runs a batch: `images` as the network takes them, [N, ...], on its device.
+
+        Raises MaxactError where a tap is not reached, because the network's way depends on the images.
+        """
         self._calls.clear()
         on_cpu = images.device.type == "cpu"
         self._host = Peaks.empty(len(images), self.channels) if on_cpu else None
@@ -222,6 +225,10 @@ class Taps:
             torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32),
         ):
             self._network(images)
+        if missed := [tap.name for (path, call), (tap, _) in self._slots.items() if self._calls.get(path, 0) <= call]:
+            raise MaxactError(
+                f"tap {missed[0]!r}: was not run by this batch, though it was by others; leave it out with --layers"
+            )
         if self._host is not None:
             return Pending(self._host)
         return self._collect()
@@ -256,7 +263,8 @@ class Taps:
             self._pool.submit(kernel.reduce, maps[start:stop], last, out.rows(start, stop)) for start, stop in parts[1:]
         ]
         kernel.reduce(maps[: parts[0][1]], last, out.rows(*parts[0]))
-        wait(others)
+        for other in others:
+            other.result()
 
     def _collect(self) -> Pending:
         """Starts the copy of a GPU batch's peaks to pinned host memory, without waiting for it."""

@@ -77,27 +77,10 @@ def reduce(maps: NDArray[np.float32], channels_last: bool, out: Peaks) -> None:
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _finish(
-    n: int,
-    c: int,
-    count: int,
-    total: float,
-    squares: float,
-    top: NDArray[np.float32],
-    position: NDArray[np.int32],
-    low: NDArray[np.float32],
-    mean: NDArray[np.float32],
-    square: NDArray[np.float32],
-    active: NDArray[np.int32],
-) -> None:
-    # comparisons pass over NaN, but a sum of squares is NaN exactly if one of its terms is
-    if np.isfinite(top[n, c]) and np.isfinite(low[n, c]) and not np.isnan(squares):
-        mean[n, c] = total / count
-        square[n, c] = squares / count
-    else:
-        top[n, c] = low[n, c] = mean[n, c] = square[n, c] = np.nan
-        position[n, c] = -1
-        active[n, c] = 0
+def _finite(best: float, least: float, squares: float) -> bool:
+    """Whether a map held only finite values: comparisons pass over NaN, but a sum of squares is NaN exactly if one
+    of its terms is."""
+    return np.isfinite(best) and np.isfinite(least) and not np.isnan(squares)
 
 
 @njit(nogil=True, cache=True)
@@ -111,41 +94,50 @@ def _channels_last(
     active: NDArray[np.int32],
 ) -> None:
     images, positions, channels = maps.shape
+    # the running values of one image: contiguous, as the results need not be, or nothing is vectorised
+    best = np.empty(channels, np.float32)
+    at = np.empty(channels, np.int32)
+    least = np.empty(channels, np.float32)
+    count = np.empty(channels, np.int32)
     total = np.empty(channels, np.float64)
     squares = np.empty(channels, np.float64)
     whole = positions - positions % _BLOCK
     for n in range(images):
-        top_n, position_n, low_n, active_n = top[n], position[n], low[n], active[n]
         for c in range(channels):
-            top_n[c], position_n[c], low_n[c], active_n[c] = -np.inf, 0, np.inf, 0
+            best[c], at[c], least[c], count[c] = -np.inf, 0, np.inf, 0
             total[c] = squares[c] = 0.0
         for start in range(0, whole, _BLOCK):
             block = maps[n, start : start + _BLOCK]
             for c in range(channels):  # vectorised; the loop inside is unrolled
-                best, at, least, count = top_n[c], position_n[c], low_n[c], active_n[c]
+                b, p, m, k = best[c], at[c], least[c], count[c]
                 s = q = np.float32(0)
                 for i in range(_BLOCK):
                     x = block[i, c]
-                    at = np.int32(start + i) if x > best else at
-                    best = x if x > best else best
-                    least = x if x < least else least
-                    count += np.int32(x > 0)
+                    p = np.int32(start + i) if x > b else p
+                    b = x if x > b else b
+                    m = x if x < m else m
+                    k += np.int32(x > 0)
                     s += x
                     q += x * x
-                top_n[c], position_n[c], low_n[c], active_n[c] = best, at, least, count
+                best[c], at[c], least[c], count[c] = b, p, m, k
                 total[c] += s
                 squares[c] += q
-        for p in range(whole, positions):
+        for i in range(whole, positions):
             for c in range(channels):
-                x = maps[n, p, c]
-                position_n[c] = np.int32(p) if x > top_n[c] else position_n[c]
-                top_n[c] = x if x > top_n[c] else top_n[c]
-                low_n[c] = x if x < low_n[c] else low_n[c]
-                active_n[c] += np.int32(x > 0)
+                x = maps[n, i, c]
+                at[c] = np.int32(i) if x > best[c] else at[c]
+                best[c] = x if x > best[c] else best[c]
+                least[c] = x if x < least[c] else least[c]
+                count[c] += np.int32(x > 0)
                 total[c] += x
                 squares[c] += x * x
         for c in range(channels):
-            _finish(n, c, positions, total[c], squares[c], top, position, low, mean, square, active)
+            if _finite(best[c], least[c], squares[c]):
+                top[n, c], position[n, c], low[n, c], active[n, c] = best[c], at[c], least[c], count[c]
+                mean[n, c], square[n, c] = total[c] / positions, squares[c] / positions
+            else:
+                top[n, c] = low[n, c] = mean[n, c] = square[n, c] = np.nan
+                position[n, c], active[n, c] = -1, 0
 
 
 @njit(nogil=True, cache=True)
@@ -163,38 +155,42 @@ def _channels_first(
     at = np.empty(_LANES, np.int32)
     least = np.empty(_LANES, np.float32)
     count = np.empty(_LANES, np.int32)
-    s = np.empty(_LANES, np.float64)
-    q = np.empty(_LANES, np.float64)
+    total = np.empty(_LANES, np.float64)
+    squares = np.empty(_LANES, np.float64)
     whole = positions - positions % _LANES
     for n in range(images):
         for c in range(channels):
             row = maps[n, c]
             for i in range(_LANES):
                 best[i], at[i], least[i], count[i] = -np.inf, 0, np.inf, 0
-                s[i] = q[i] = 0.0
+                total[i] = squares[i] = 0.0
             for start in range(0, whole, _LANES):
-                for i in range(_LANES):  # vectorised
+                for i in range(_LANES):  # vectorised, for its count of steps is fixed
                     x = row[start + i]
                     at[i] = np.int32(start + i) if x > best[i] else at[i]
                     best[i] = x if x > best[i] else best[i]
                     least[i] = x if x < least[i] else least[i]
                     count[i] += np.int32(x > 0)
-                    s[i] += x
-                    q[i] += x * x
+                    total[i] += x
+                    squares[i] += x * x
             for i in range(positions - whole):
                 x = row[whole + i]
                 at[i] = np.int32(whole + i) if x > best[i] else at[i]
                 best[i] = x if x > best[i] else best[i]
                 least[i] = x if x < least[i] else least[i]
                 count[i] += np.int32(x > 0)
-                s[i] += x
-                q[i] += x * x
+                total[i] += x
+                squares[i] += x * x
             for i in range(1, _LANES):
                 if best[i] > best[0] or (best[i] == best[0] and at[i] < at[0]):
                     best[0], at[0] = best[i], at[i]
                 least[0] = min(least[0], least[i])
                 count[0] += count[i]
-                s[0] += s[i]
-                q[0] += q[i]
-            top[n, c], position[n, c], low[n, c], active[n, c] = best[0], at[0], least[0], count[0]
-            _finish(n, c, positions, s[0], q[0], top, position, low, mean, square, active)
+                total[0] += total[i]
+                squares[0] += squares[i]
+            if _finite(best[0], least[0], squares[0]):
+                top[n, c], position[n, c], low[n, c], active[n, c] = best[0], at[0], least[0], count[0]
+                mean[n, c], square[n, c] = total[0] / positions, squares[0] / positions
+            else:
+                top[n, c] = low[n, c] = mean[n, c] = square[n, c] = np.nan
+                position[n, c], active[n, c] = -1, 0

@@ -20,7 +20,7 @@ def contact_sheet(store: Store, channels: Sequence[tuple[str, int]], ranks: int 
     An image is the model input, at most `side` pixels wide and high; the square on it marks the part of it that
     the winning position stands for in the tap's map.
     """
-    height, width = store.pixels([0]).shape[1:3]
+    height, width = store.manifest.preprocessing["crop"]
     scale = side / max(height, width)
     cell = (round(width * scale), round(height * scale))
     sheet = Image.new(
@@ -53,14 +53,14 @@ def contact_sheet(store: Store, channels: Sequence[tuple[str, int]], ranks: int 
 
 def telling_channels(store: Store, taps: int = 4, each: int = 2) -> list[tuple[str, int]]:
     """Channels that make a good picture: of some taps spread over the depth of the network, those that stand out
-    most, by how many standard deviations their strongest peak lies above their mean."""
+    most, by how many standard deviations their nine strongest peaks lie above their mean."""
     names = list(store)
     chosen = []
     for index in np.linspace(0, len(names) - 1, taps + 1).astype(int)[1:]:
         results = store[names[index]]
         stats = results.stats
         _, score, _ = results.lists["max", "top"]
-        spread = (score[:, 0] - stats["mean"]) / np.where(stats["std"] > 0, stats["std"], np.inf)
+        spread = (score[:, :9].mean(1) - stats["mean"]) / np.where(stats["std"] > 0, stats["std"], np.inf)
         spread = np.where(results.dead | np.isnan(spread), -np.inf, spread)
         chosen += [(names[index], int(channel)) for channel in np.argsort(-spread, kind="stable")[:each]]
     return chosen

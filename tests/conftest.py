@@ -1,0 +1,26 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import maxact
+from stores import scan
+from support import write_photographs
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 21 small photographs, three in each of seven folders. Nobody writes into it."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photographs(folder, 21)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> maxact.Store:
+    """A finished store of the photographs through the tiny network: both scores, both ends. Nobody changes it."""
+    place = tmp_path_factory.mktemp("finished") / "store.zarr"
+    return scan(photos, place, score=("max", "mean"), bottom=3)

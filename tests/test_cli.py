@@ -1,0 +1,343 @@
+"""The command line: exit codes, one line for every mistake, what is printed where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+
+import tiny
+from maxact import cli
+from maxact.decode import native_stderr
+from maxact.store import Store
+from stores import ARGUMENTS, Child, command, names
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process."""
+
+    def run(*arguments: object) -> Result:
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            assert isinstance(end.code, int)
+            code = end.code
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# What works
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from maxact.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'numba', 'zarr', 'pyarrow', 'rich', 'PIL', 'nvidia.dali'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and done.stderr == ""
+    for name in ("layers", "scan", "export", "info", "demo"):
+        assert re.search(rf"^    {name} ", done.stdout, re.MULTILINE)
+
+
+def test_the_installed_command() -> None:
+    script = Path(sys.executable).with_name("maxact")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"maxact {importlib.metadata.version('maxact')}\n"
+
+
+@pytest.mark.parametrize("name", ["layers", "scan", "export", "info", "demo"])
+def test_every_command_has_help(run: Run, name: str) -> None:
+    done = run(name, "--help")
+    assert done.code == 0 and done.err == "" and f"usage: maxact {name}" in done.out
+
+
+def test_scan_info_export(run: Run, photos: Path, inside: Path) -> None:
+    done = run("scan", "tiny:network", photos, "x.zarr", *ARGUMENTS, "--score", "max", "--score", "mean", "--bottom", 2)
+    assert done.code == 0
+    assert done.out == "x.zarr: 21 of 21 images; 3 taps, 18 channels (`maxact info x.zarr` says more)\n"
+    start, end = done.err.splitlines()
+    assert " tiny:network (weights as tiny:network returns them), 3 taps with 18 channels, 21 images, fp32 on" in start
+    assert " 21 of 21 images, " in end
+
+    again = run(
+        "scan", "tiny:network", photos, "x.zarr", *ARGUMENTS, "--score", "max", "--score", "mean", "--bottom", 2
+    )
+    assert (again.code, again.out) == (0, done.out)
+    assert again.err.endswith(" x.zarr: done already, 21 images\n") and again.err.count("\n") == 1
+
+    info = run("info", "x.zarr")
+    assert info.code == 0 and info.err == ""
+    assert "bn2" in info.out and re.search(r"^finished +true$", info.out, re.MULTILINE)
+    facts = json.loads(run("info", "--json", "x.zarr").out)
+    assert facts["finished"] is True and [tap["tap"] for tap in facts["taps"]] == ["bn1", "bn2", "fc"]
+
+    exported = run("export", "x.zarr", "x.parquet")
+    assert (exported.code, exported.err) == (0, "")
+    assert exported.out == f"x.parquet: {2 * 7 * 18} rows\n"
+    assert pq.read_table("x.parquet").num_rows == 2 * 7 * 18
+    assert names(inside) == {"x.zarr", "x.parquet"}
+
+
+def test_quiet(run: Run, photos: Path, inside: Path) -> None:
+    assert run("scan", "tiny:network", photos, "x.zarr", *ARGUMENTS, "--quiet") == Result(0, "", "")
+    assert run("scan", "tiny:network", photos, "x.zarr", *ARGUMENTS, "--quiet") == Result(0, "", "")
+
+
+def test_settings_arrive(run: Run, photos: Path, inside: Path) -> None:
+    words = "--where c* --where r* --sample 5 --seed 3 --limit 4 --layers bn* --layers fc --at module --resize 40"
+    words += " --crop 24x20 --interpolation bicubic --fit squash --mean .1 .2 .3 --std .4 .5 .6 --decoder torchvision"
+    words += " --max-megapixels 3 --skip-grey --precision bf16 --device cpu --max-bad 3"
+    assert run("scan", "tiny:network", photos, "x.zarr", *ARGUMENTS, *words.split()).code == 0
+    manifest = Store("x.zarr").manifest
+    assert manifest.images == {
+        "source": str(photos),
+        "where": ["c*", "r*"],
+        "sample": 5,
+        "seed": 3,
+        "limit": 4,
+        "count": 4,
+    }
+    wanted = {
+        "layers": ["bn*", "fc"],
+        "at": "module",
+        "scores": ["max"],
+        "top": 5,
+        "bottom": 0,
+        "precision": "bf16",
+        "batch": 2,
+        "shard": 4,
+        "decoder": "torchvision",
+        "max_megapixels": 3.0,
+        "skip_grey": True,
+    }
+    assert manifest.settings == wanted
+    preprocessing = {"resize": 40, "crop": [24, 20], "interpolation": "bicubic", "fit": "squash"}
+    assert preprocessing.items() <= manifest.preprocessing.items()
+    assert manifest.preprocessing["std"] == [0.4, 0.5, 0.6]
+    assert set(Store("x.zarr").catalog.table["label"].to_pylist()) <= {"chelsea", "coffee", "rocket"}
+
+
+def test_several_sources(run: Run, photos: Path, inside: Path) -> None:
+    assert run("scan", "tiny:network", photos / "ihc", photos / "coffee", "x.zarr", *ARGUMENTS).code == 0
+    assert Store("x.zarr").manifest.images["source"] == [str(photos / "ihc"), str(photos / "coffee")]
+
+
+def test_weights_from_a_file(run: Run, photos: Path, inside: Path) -> None:
+    safetensors.torch.save_file(tiny.network().state_dict(), "w.safetensors")
+    done = run("scan", "tiny:network", photos, "x.zarr", *ARGUMENTS, "--weights", "w.safetensors", "--limit", 2)
+    assert done.code == 0 and "(weights file w.safetensors)" in done.err
+
+
+def test_layers(run: Run) -> None:
+    done = run("layers", "resnet18", "--weights", "none")
+    assert done.code == 0 and done.err == ""
+    *table, last = done.out.splitlines()
+    assert last == "21 taps, 5,800 channels; weights none (random); input 224 x 224"
+    rows = [re.split(r"[\s│]+", line.strip("│ ")) for line in table if "│" in line]
+    assert ["bn1", "conv1", "Conv2d", "64", "112", "x", "112"] in rows
+    assert ["layer2.0.downsample.1", "layer2.0.downsample.0", "Conv2d", "128", "28", "x", "28"] in rows
+    assert ["fc", "fc", "Linear", "1,000", "1", "x", "1"] in rows
+    some = run("layers", "resnet18", "--weights", "none", "--layers", "layer4.*.conv?", "--at", "module", "--crop", 64)
+    assert some.out.splitlines()[-1] == "4 taps, 2,048 channels; weights none (random); input 64 x 64"
+
+
+def test_info_of_a_store_with_errors(run: Run, photos: Path, inside: Path) -> None:
+    shutil.copytree(photos, "photos")
+    for path in sorted(Path("photos").rglob("*.jpg"))[:2]:
+        path.write_bytes(b"no image")
+    done = run("scan", "tiny:network", "photos", "x.zarr", *ARGUMENTS)
+    assert done.code == 0 and "19 of 21 images, 2 bad; 3 taps" in done.out
+    assert done.err.splitlines()[-1].endswith(", 2 bad")
+    info = run("info", "x.zarr")
+    assert "bad images" in info.out and "astronaut/000.jpg" in info.out and "decode" in info.out
+
+
+# Mistakes
+
+
+def mistakes() -> dict[str, tuple[list[str], int, str]]:
+    """What is given, the exit code, and what the line says. PHOTOS stands for the photographs."""
+    scan = ["scan", "tiny:network", "PHOTOS", "x.zarr"]
+    return {
+        "no command": ([], 2, "COMMAND"),
+        "unknown command": (["scam"], 2, "scam"),
+        "too few": (["scan", "resnet18"], 2, "IMAGES, STORE"),
+        "unknown option": ([*scan, "--tpo", "3"], 2, "unrecognized arguments: --tpo"),
+        "no number": ([*scan, "--top", "many"], 2, "argument --top: invalid int value: 'many'"),
+        "bad crop": ([*scan, "--crop", "3x"], 2, "argument --crop: expected pixels as N or HxW, got '3x'"),
+        "worse crop": ([*scan, "--crop", "big"], 2, "argument --crop: expected pixels as N or HxW, got 'big'"),
+        "bad score": ([*scan, "--score", "median"], 2, "argument --score: invalid choice: 'median'"),
+        "top 0": ([*scan, "--top", "0"], 2, "top: expected at least 1, got 0"),
+        "batch 0": ([*scan, "--batch", "0"], 2, "batch: expected at least 1, got 0"),
+        "device": ([*scan, "--device", "gpu"], 2, "device: expected auto, cpu or cuda:N, got 'gpu'"),
+        "limit": ([*scan, "--limit", "0"], 2, "limit must be at least 1, not 0"),
+        "std": ([*scan, "--std", "0", "1", "1"], 2, "std: expected three numbers above 0"),
+        "unknown model": (["layers", "resnet81"], 2, "unknown network 'resnet81' (near: resnet18"),
+        "unknown module": (["layers", "nowhere:network"], 2, "nowhere:network: cannot import nowhere"),
+        "unknown callable": (["layers", "tiny:netwrok"], 2, "tiny has no netwrok (near: network)"),
+        "unknown layer": ([*scan, "--layers", "conv3"], 2, "conv3"),
+        "near misses": ([*scan, "--layers", "bn3"], 2, "bn2, bn1"),
+        "unknown weights": (["layers", "resnet18", "--weights", "V9"], 2, "V9"),
+        "missing weights": (["layers", "resnet18", "--weights", "w.pth"], 1, "w.pth"),
+        "bad weights": (["layers", "resnet18", "--weights", "bad.pth"], 1, "bad.pth"),
+        "other weights": (
+            ["layers", "tiny:network", "--weights", "other.safetensors"],
+            1,
+            "13 missing: conv1.weight, ",
+        ),
+        "missing images": (["scan", "tiny:network", "nowhere", "x.zarr"], 1, "nowhere"),
+        "no images": (["scan", "tiny:network", "empty", "x.zarr"], 1, "empty"),
+        "no label": ([*scan, "--where", "giraffe"], 1, "no label matches giraffe; of 7 labels the first are 'astro"),
+        "no store": (["info", "nowhere"], 1, "nowhere: not a maxact store (make one with `maxact scan`)"),
+        "no store to export": (["export", "empty", "x.parquet"], 1, "empty: not a maxact store"),
+        "a file in the way": (["scan", "tiny:network", "PHOTOS", "bad.pth"], 1, "bad.pth: is a file, not a folder"),
+        "a folder in the way": ([*scan[:3], "full", "--overwrite"], 1, "full: there is something else here"),
+    }
+
+
+@pytest.mark.parametrize("name", mistakes())
+def test_a_mistake_is_one_line(run: Run, photos: Path, inside: Path, name: str) -> None:
+    words, code, said = mistakes()[name]
+    (inside / "empty").mkdir()
+    (inside / "full").mkdir()
+    (inside / "full" / "thesis.tex").write_text("x")
+    (inside / "bad.pth").write_bytes(b"no weights")
+    safetensors.torch.save_file({"fc.weight": tiny.network().fc.weight.data}, "other.safetensors")  # type: ignore[union-attr, dict-item]
+    before = names(inside)
+    done = run(*(str(photos) if word == "PHOTOS" else word for word in words))
+    assert (done.code, done.out) == (code, "")
+    assert done.err.startswith("maxact: ") and done.err.count("\n") == 1, done.err
+    assert said in done.err
+    assert names(inside) == before
+
+
+def test_other_settings_and_too_many_bad_images_are_one_line(run: Run, photos: Path, inside: Path) -> None:
+    shutil.copytree(photos, "photos")
+    for path in sorted(Path("photos").rglob("*.jpg"))[:6]:
+        path.write_bytes(path.read_bytes()[:-2])
+    scan = ("scan", "tiny:network", "photos", "x.zarr", *ARGUMENTS)
+    failed = run(*scan, "--max-bad", 2, "--quiet")
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.err.count("\n") == 1 and "that --max-bad allows (astronaut/" in failed.err
+    assert run(*scan, "--quiet") == Result(0, "", "")
+    other = run(*scan, "--bottom", 1)
+    assert other.code == 1 and other.out == ""
+    assert other.err.startswith("maxact: x.zarr: was made otherwise (bottom: 0, not 1); ")
+    assert other.err.count("\n") == 1
+
+
+def test_nobody_reads_on(photos: Path, finished: Store) -> None:
+    """`maxact info STORE | head -1`"""
+    script = Path(sys.executable).with_name("maxact")
+    piped = f"{script} info {finished.path} --json | head -1"
+    done = subprocess.run(piped, shell=True, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+def test_interrupted_before_it_begins(photos: Path, tmp_path: Path) -> None:
+    child = command("scan", "tiny:interrupted", photos, tmp_path / "x.zarr")
+    assert child.wait() == 128 + signal.SIGINT
+    assert (child.out, child.err) == ("", "maxact: stopped; what was committed is kept\n")
+
+
+# Names
+
+
+def test_names_that_are_not_utf_8(photos: Path, tmp_path: Path) -> None:
+    """Folders, files and the store itself, from end to end, through a command line of its own."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.makedirs(folder + b"/\xff\xfe")
+    originals = sorted(photos.rglob("*.jpg"))[:3]
+    for name, path in zip(
+        (b"/one.jpg", b"/\xff\xfe/tw\xf6.jpg", b"/\xff\xfe/new\nline\x1b[31m.jpg"), originals, strict=True
+    ):
+        shutil.copyfile(path, folder + name)
+    store = os.fsdecode(folder + b".zarr")
+    done = command("scan", "tiny:network", os.fsdecode(folder), store, *ARGUMENTS)
+    assert done.wait() == 0, done.err
+    assert done.out.startswith(f"{tmp_path}/caf\\udce9.zarr: 3 of 3 images")
+    info = command("info", store, "--json")
+    assert info.wait() == 0, info.err
+    assert json.loads(info.out)["images"]["source"].endswith("caf\\udce9")
+    export = command("export", store, os.fsdecode(folder + b".parquet"))
+    assert export.wait() == 0, export.err
+    with open(folder + b".parquet", "rb") as file:
+        keys = sorted(set(pq.read_table(file)["key"].to_pylist()))
+    assert len(keys) == 3 and all(key.isprintable() for key in keys)
+    with open(folder + b"/\xff\xfe/tw\xf6.jpg", "ab") as file:
+        file.write(b"\0")
+    bad = command("scan", "tiny:network", os.fsdecode(folder), store, *ARGUMENTS, "--overwrite")
+    assert bad.wait() == 0, bad.err
+    again = command("scan", "tiny:network", os.fsdecode(folder), store, *ARGUMENTS, "--top", "9")
+    assert again.wait() == 1
+    assert again.err.count("\n") == 1 and "was made otherwise (top: 5, not 9)" in again.err
+
+
+# What C libraries print
+
+
+def test_the_noise_of_libraries_goes_to_the_log(run: Run, photos: Path, inside: Path) -> None:
+    shutil.copytree(photos, "photos")
+    for path in sorted(Path("photos").rglob("*.jpg"))[:3]:
+        path.write_bytes(path.read_bytes()[:-2])
+    done = run("scan", "tiny:network", "photos", "x.zarr", *ARGUMENTS, "--decoder", "dali")
+    assert done.code == 0
+    assert len(done.err.splitlines()) == 2
+    log = (inside / "x.zarr" / "run" / "log").read_text()
+    assert "ERROR" in log  # nvImageCodec's own account of them
+    assert "tiny:network (weights" in log and "21 of 21 images" in log
+
+
+def crash(folder: Path) -> int:
+    """A C library that takes the process down, in the middle of a run."""
+    import ctypes
+
+    with open(folder / "log", "wb") as log, native_stderr(log.fileno()):
+        libc: Any = ctypes.CDLL(None)
+        libc.perror(b"last words")
+        libc.abort()
+    return 0
+
+
+def test_a_crash_is_not_silent(tmp_path: Path) -> None:
+    from functools import partial
+
+    child = Child(partial(crash, tmp_path))
+    assert child.wait() == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in child.err and "in crash" in child.err
+    assert b"last words" in (tmp_path / "log").read_bytes()

@@ -1,0 +1,117 @@
+"""What only a CUDA device can show. None of this has run yet: no such device has been at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from support import BLANK, SMALL, write_photographs
+from torch import nn
+
+import maxact
+from maxact.decode import make_decoder
+from maxact.models import Normalised, load_model
+from maxact.taps import Taps, find
+from maxact_kernels import peaks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+def test_the_reference_takes_the_lowest_of_equal_positions() -> None:
+    maps = torch.randint(0, 3, (8, 64, 12544), generator=torch.Generator().manual_seed(0)).float()
+    _, position, *_ = peaks.reference(maps.cuda())
+    np.testing.assert_array_equal(position.cpu().numpy(), maps.numpy().argmax(-1))
+
+
+def test_the_reference_leaves_out_maps_with_nan_and_infinity() -> None:
+    maps = torch.randn(2, 4, 49)
+    maps[0, 1, 3], maps[1, 2, 48] = torch.nan, torch.inf
+    on_gpu = peaks.reference(maps.cuda())
+    for mine, theirs in zip(on_gpu, peaks.reference(maps), strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "efficientnet_b0"])
+def test_peaks_agree_with_those_on_the_cpu(name: str) -> None:
+    model = load_model(name, weights="none", crop=64, resize=64)
+    network = Normalised(model.network, model.preprocess).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = find(network, BLANK)
+    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    with Taps(network, found.taps) as taps:
+        expected = taps(images).result()
+    torch.backends.cudnn.allow_tf32 = False
+    network.cuda()
+    with Taps(network, found.taps) as taps:
+        got = taps(images.cuda()).result()
+    scale = np.abs(expected.max).max()
+    np.testing.assert_allclose(got.max, expected.max, rtol=1e-3, atol=1e-4 * scale)
+    np.testing.assert_allclose(got.mean, expected.mean, rtol=1e-3, atol=1e-4 * scale)
+    # another position only where it is as high, but for rounding
+    assert (got.position == expected.position).mean() > 0.99
+
+
+def test_an_overflow_in_half_precision_is_counted_and_not_ranked(tmp_path: Path) -> None:
+    write_photographs(tmp_path / "photos", 6)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+    network.preprocess = SMALL  # type: ignore[assignment]
+    with torch.no_grad():
+        network[1].weight.fill_(1e5)
+    store = maxact.scan(network, tmp_path / "photos", tmp_path / "s.zarr", device="cuda", precision="fp16", batch=4)
+    assert store["1"].unfit == 6
+    assert (store["1"].lists["max", "top"][0] == -1).all()
+    assert store["0"].unfit == 0
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_mixed_decoding_agrees_with_the_cpu(tmp_path: Path, bad: bool) -> None:
+    files: list[bytes] = [path.read_bytes() for path in write_photographs(tmp_path, 9)]
+    if bad:
+        files[4] = files[4][:-200]
+    decoded = {}
+    for device in ("cpu", "cuda"):
+        decoder = make_decoder("dali", SMALL, batch=9, threads=2, device=device)
+        decoder.submit(files)
+        decoder.submit(files)
+        decoded[device] = [decoder.collect(), decoder.collect()]
+        decoder.close()
+    for on_cpu, on_gpu in zip(decoded["cpu"], decoded["cuda"], strict=True):
+        assert on_gpu.images.is_cuda
+        assert set(on_gpu.errors) == set(on_cpu.errors) == ({4} if bad else set())
+        difference = (on_gpu.images.cpu().float() - on_cpu.images.float()).abs()
+        assert difference.mean() < 1.0
+
+
+def test_a_scan_finds_what_the_cpu_finds(tmp_path: Path) -> None:
+    write_photographs(tmp_path / "photos", 40)
+    settings = {"weights": "none", "crop": 64, "resize": 64, "top": 5, "batch": 8, "decoder": "torchvision"}
+    exact = maxact.scan("resnet18", tmp_path / "photos", tmp_path / "cpu.zarr", device="cpu", **settings)  # type: ignore[arg-type]
+    full = maxact.scan(
+        "resnet18", tmp_path / "photos", tmp_path / "fp32.zarr", device="cuda", precision="fp32", **settings
+    )  # type: ignore[arg-type]
+    half = maxact.scan("resnet18", tmp_path / "photos", tmp_path / "fp16.zarr", device="cuda", **settings)  # type: ignore[arg-type]
+    assert half.manifest.settings["precision"] == "fp16"
+    for tap in exact:
+        image, score, _ = exact[tap].lists["max", "top"]
+        there, values, _ = full[tap].lists["max", "top"]
+        np.testing.assert_allclose(values, score, rtol=1e-3, atol=1e-3)
+        assert (there == image).mean() > 0.97
+        candidates = zarr.open(tmp_path / "fp16.zarr")[f"{tap}/max/top/candidates/image"][:]
+        kept = [set(row) <= set(more) for row, more in zip(image, candidates, strict=True)]
+        assert np.mean(kept) > 0.99
+
+
+def test_the_same_scan_again_gives_the_same_bits(tmp_path: Path) -> None:
+    write_photographs(tmp_path / "photos", 20)
+    stores = [
+        maxact.scan("resnet18", tmp_path / "photos", tmp_path / name, weights="none", crop=64, resize=64, batch=8)
+        for name in ("a.zarr", "b.zarr")
+    ]
+    for tap in stores[0]:
+        for mine, theirs in zip(*(store[tap].lists["max", "top"] for store in stores), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
