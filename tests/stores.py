@@ -143,6 +143,9 @@ def _command(arguments: Sequence[str], seconds: float, dies_at: int | None) -> i
 def _child(function: Callable[[], object], *streams: Path) -> None:
     for number, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), number)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    for number, name in enumerate(("stdout", "stderr"), 1):  # as Python itself opens them
+        errors = "strict" if name == "stdout" else "backslashreplace"
+        stream = open(number, "w", buffering=1, closefd=False, errors=errors)  # noqa: SIM115
+        setattr(sys, name, stream)
     result = function()
     sys.exit(result if isinstance(result, int) else 0)

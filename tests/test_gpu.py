@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from support import BLANK, SMALL, write_photographs
 from torch import nn
 
 import maxact
@@ -16,6 +15,7 @@ from maxact.decode import make_decoder
 from maxact.models import Normalised, load_model
 from maxact.taps import Taps, find
 from maxact_kernels import peaks
+from support import BLANK, SMALL, write_photographs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -539,13 +539,6 @@ def test_what_comes_before_the_unreadable_still_comes(slowness: float) -> None:
     assert numbers == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
-def test_files_without_permission(folder: Path) -> None:
-    catalog = Catalog.build(folder)
-    files(folder)[7].chmod(0)
-    assert bad(load_all(catalog, 100)) == {7: ("read", "Permission denied (EACCES)")}
-
-
 def test_a_catalog_without_its_dataset_is_the_callers_mistake() -> None:
     """No image is to blame, so the run ends."""
     catalog = Catalog(Catalog.build(Pictures(lambda picture: picture)).table)

@@ -505,6 +505,18 @@ def test_the_log_of_a_run(photos: Path, tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")  # from Python, nothing is said
 
 
+def test_warnings_are_seen_where_nobody_set_logging_up(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger("maxact"), "propagate", False)  # pytest has handlers of its own at the root
+    network = tiny.network()
+    network.fc.weight.data[0] = torch.nan  # type: ignore[union-attr, operator, index]
+    scan(photos, tmp_path / "x", network, limit=2)
+    message = "fc: maps with NaN or infinity on 2 images were left out\n"
+    assert capfd.readouterr() == ("", message)
+    assert (tmp_path / "x" / "run" / "log").read_text().endswith(message)
+
+
 def test_find_taps() -> None:
     from maxact.models import load_model
 

@@ -129,7 +129,7 @@ def test_plain_zarr_reads_it(finished: Store) -> None:
 
 def test_xarray_reads_it(finished: Store) -> None:
     """With every warning an error."""
-    with xarray.open_datatree(finished.path, engine="zarr", consolidated=True) as tree:
+    with xarray.open_datatree(finished.path, engine="zarr") as tree:
         assert set(tree.children) == set(TAPS)
         top = tree["bn1/max/top"]
         assert top.dims == {"channel": 6, "rank": 5, "axis": 2}

@@ -52,6 +52,11 @@ class Batch:
     grey: int
     ends_shard: bool
 
+    @property
+    def present(self) -> int:
+        """How many images of the catalog the batch stands for, those left out among them."""
+        return int((self.numbers >= 0).sum()) + len(self.bad) + self.grey
+
 
 @dataclass
 class _Slot:

@@ -292,7 +292,12 @@ def _log_file(path: Path, native: bool) -> Iterator[None]:
     """Inside, messages go to a file too, and where `native` also what C libraries print to standard error."""
     with writing(path):
         handler = _LogFile(path)
-    log.addHandler(handler)
+    # without any handler Python prints warnings by itself; this one must not stop that
+    added: list[logging.Handler] = [handler]
+    if logging.lastResort and not log.hasHandlers():
+        added.append(logging.lastResort)
+    for each in added:
+        log.addHandler(each)
     try:
         with native_stderr(handler.file.fileno()) if native else nullcontext():
             yield
@@ -300,7 +305,8 @@ def _log_file(path: Path, native: bool) -> Iterator[None]:
         handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (str(error) or repr(error),), None))
         raise
     finally:
-        log.removeHandler(handler)
+        for each in added:
+            log.removeHandler(each)
         handler.file.close()
 
 

@@ -13,9 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -29,10 +30,10 @@ from maxact.partial import BadImage, Partial, Tally
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
 from maxact.taps import Pending, Taps
-from maxact_kernels.peaks import Peaks
+from maxact.topk import List
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_COUNTING = 2  # batches that may wait to be counted while the network goes on
+_BEHIND = 2  # batches that may wait to be counted while the network goes on
 
 
 @dataclass(frozen=True)
@@ -63,90 +64,104 @@ def scan(job: Job, shards: Iterator[Shard], stop: threading.Event, report: Calla
     """Scans shards and gives what each of them gave, in order. What a shard gives depends on nothing but the job.
 
     `stop` ends the scan after the batch in hand: finished shards are still given, the one in flight is dropped.
-    Raises loader.Unreadable where the images of a shard cannot be read.
+    Raises loader.Unreadable where the images of a shard cannot be read, after the finished shards before it.
     """
-    settings, kept = job.settings, job.settings.kept()
-    threads = job.run.threads or cores()
-    assert settings.precision and settings.batch
-    with ExitStack() as stack:
-        stack.enter_context(numerics(threads))
-        stack.enter_context(kept_memory())
-        network = Normalised(job.network, job.preprocess).to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        taps = stack.enter_context(Taps(network, job.taps, settings.precision, threads))
-        decoder = stack.enter_context(
-            closing(
-                make_decoder(
-                    settings.decoder,
-                    job.preprocess,
-                    batch=settings.batch,
-                    threads=job.run.decode_threads or cores(),
-                    device=job.device,
-                    max_pixels=int(settings.max_megapixels * 1e6),
-                    pictures=job.catalog.dataset is not None,
-                )
-            )
-        )
-        batches = stack.enter_context(
-            closing(
-                load(
-                    job.catalog,
-                    shards,
-                    decoder,
-                    batch=settings.batch,
-                    shape=job.preprocess.shape,
-                    readers=job.run.readers,
-                    skip_grey=settings.skip_grey,
-                )
-            )
-        )
-        # one thread counts, in the order of the batches, while the network is at the next one
-        counter = stack.enter_context(ThreadPoolExecutor(1, "maxact-count"))
-        counting: deque[Future[None]] = deque()
-        closed: deque[Future[Partial]] = deque()
-
-        tally: Tally | None = None
-        bad: list[BadImage] = []
-        grey = 0
+    unreadable: Unreadable | None = None
+    with _running(job, shards) as (batches, taps), _Counter(taps.channels, job.settings.kept()) as counter:
         asked = time.perf_counter()
-        failed: list[Unreadable] = []
-        for batch in _until_unreadable(batches, failed):
-            waited = time.perf_counter() - asked
-            tally = tally or Tally(batch.shard, taps.channels, kept)
-            peaks = taps(batch.images)  # [N, channels of all taps]; on a GPU this only starts the work
-            counting.append(counter.submit(_count, tally, peaks, batch.numbers))
-            bad += batch.bad
-            grey += batch.grey
-            if batch.ends_shard:
-                closed.append(counter.submit(tally.close, bad, grey))
-                tally, bad, grey = None, [], 0
-            if len(counting) > _COUNTING:
-                counting.popleft().result()
-            while closed and closed[0].done():
-                yield closed.popleft().result()
-            present = int((batch.numbers >= 0).sum()) + len(batch.bad) + batch.grey
-            report(Tick(present, batch.bad, batch.grey, waited))
-            if stop.is_set():
-                break
-            asked = time.perf_counter()
-        for counted in counting:
+        try:
+            for batch in batches:  # uint8 [N, H, W, 3]; the next ones are being read and decoded
+                waited = time.perf_counter() - asked
+                peaks = taps(batch.images)  # [N, channels of all taps]; on a GPU this only starts the work
+                counter.add(batch, peaks)  # while the network is at the next batch
+                yield from counter.finished()
+                report(Tick(batch.present, batch.bad, batch.grey, waited))
+                if stop.is_set():
+                    break
+                asked = time.perf_counter()
+        except Unreadable as error:
+            unreadable = error
+        yield from counter.rest()
+    if unreadable:
+        raise unreadable
+
+
+@contextmanager
+def _running(job: Job, shards: Iterator[Shard]) -> Iterator[tuple[Iterator[Batch], Taps]]:
+    """What the loop needs, made once for all shards: the batches on their way, and the network with its taps."""
+    settings, run = job.settings, job.run
+    assert settings.precision and settings.batch
+    threads = run.threads or cores()
+    network = Normalised(job.network, job.preprocess).to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    decoder = make_decoder(
+        settings.decoder,
+        job.preprocess,
+        batch=settings.batch,
+        threads=run.decode_threads or cores(),
+        device=job.device,
+        max_pixels=int(settings.max_megapixels * 1e6),
+        pictures=job.catalog.dataset is not None,
+    )
+    with closing(decoder):
+        batches = load(
+            job.catalog,
+            shards,
+            decoder,
+            batch=settings.batch,
+            shape=job.preprocess.shape,
+            readers=run.readers,
+            skip_grey=settings.skip_grey,
+        )
+        taps = Taps(network, job.taps, settings.precision, threads)
+        with numerics(threads), kept_memory(), closing(batches), taps:
+            yield batches, taps
+
+
+class _Counter:
+    """Counts batches on a thread of its own, in their order, shard by shard."""
+
+    def __init__(self, channels: int, kept: dict[List, int]) -> None:
+        self._channels, self._kept = channels, kept
+        self._tally: Tally | None = None
+        self._bad: list[BadImage] = []
+        self._grey = 0
+        self._counting: deque[Future[None]] = deque()
+        self._closed: deque[Future[Partial]] = deque()
+
+    def __enter__(self) -> _Counter:
+        self._thread = ThreadPoolExecutor(1, "maxact-count")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def add(self, batch: Batch, peaks: Pending) -> None:
+        """Takes the next batch; waits where the thread is too far behind."""
+        tally = self._tally = self._tally or Tally(batch.shard, self._channels, self._kept)
+        self._counting.append(self._thread.submit(_count, tally, peaks, batch.numbers))
+        self._bad += batch.bad
+        self._grey += batch.grey
+        if batch.ends_shard:
+            self._closed.append(self._thread.submit(tally.close, self._bad, self._grey))
+            self._tally, self._bad, self._grey = None, [], 0
+        if len(self._counting) > _BEHIND:
+            self._counting.popleft().result()
+
+    def finished(self) -> Iterator[Partial]:
+        """The shards that are finished by now."""
+        while self._closed and self._closed[0].done():
+            yield self._closed.popleft().result()
+
+    def rest(self) -> Iterator[Partial]:
+        """Waits for everything, and gives the shards that are finished then."""
+        for counted in self._counting:
             counted.result()
-        for last in closed:
-            yield last.result()
-        if failed:
-            raise failed[0]
+        while self._closed:
+            yield self._closed.popleft().result()
 
 
-def _until_unreadable(batches: Iterator[Batch], failed: list[Unreadable]) -> Iterator[Batch]:
-    """The batches, up to where no more can be read: what is finished by then is still to be given."""
-    try:
-        yield from batches
-    except Unreadable as error:
-        failed.append(error)
-
-
-def _count(tally: Tally, peaks: Pending, numbers: NDArray) -> None:  # type: ignore[type-arg]
-    found: Peaks = peaks.result()  # on a GPU: the one place where the host waits for the device
-    tally.add(found, numbers)
+def _count(tally: Tally, peaks: Pending, numbers: NDArray[np.int64]) -> None:
+    tally.add(peaks.result(), numbers)  # on a GPU, the one place where the host waits for the device
 
 
 @contextmanager

@@ -172,7 +172,10 @@ class Store:
             self._mark(group, finished=False, summary=None)
 
     def tidy(self) -> None:
-        """Deletes the states of a finished store, unless it has bad images, whose shards can be scanned again."""
+        """Deletes what a finished store needs no more: what writes that were cut short left, and the states, unless
+        there are bad images, whose shards can be scanned again."""
+        for left in filter(is_aside, (*self.path.iterdir(), *(self.path / "run").iterdir())):
+            left.unlink()
         if not self.errors().num_rows:
             for _, state in self._states():
                 state.unlink()
