@@ -21,8 +21,9 @@ from maxact.errors import MaxactError, UsageError
 if TYPE_CHECKING:
     from maxact.catalog import Catalog
     from maxact.export import export
+    from maxact.results import TapResults
     from maxact.run import Interrupted, Progress, scan
-    from maxact.store import Store, TapResults
+    from maxact.store import Store
     from maxact.store import Store as open
 
 __all__ = [
@@ -43,7 +44,7 @@ _HOMES = {
     "Interrupted": "run",
     "Progress": "run",
     "Store": "store",
-    "TapResults": "store",
+    "TapResults": "results",
     "export": "export",
     "scan": "run",
 }

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maxact.files import replace_file, writing
-from maxact.store import Store, TapResults
+from maxact.results import TapResults
+from maxact.store import Store
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
 _COLUMNS = (

@@ -51,7 +51,7 @@ class Manifest:
 
     def lists(self) -> list[List]:
         """The lists of peaks that the store has: its scores, at the ends that were asked for."""
-        return [(score, end) for score in self.settings["scores"] for end in ENDS if self.settings[end]]
+        return [(score, end) for score in sorted(self.settings["scores"]) for end in ENDS if self.settings[end]]
 
     def differences(self, other: Manifest) -> list[str]:
         """What in `other` would give another result: one "name: ours, not theirs" each.

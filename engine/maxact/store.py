@@ -13,7 +13,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ from maxact.manifest import Manifest, shorten
 from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
 from maxact.preprocess import Preprocess
-from maxact.stats import Stats
+from maxact.results import Peaks, TapResults, of_partial
 from maxact.tap import Tap, columns
-from maxact.topk import List, Ranked
+from maxact.topk import List
 
 _CHUNK = 2 << 20  # bytes that a chunk may have
 _ADVICE = "make room there and run the same again (without --overwrite) to go on"
@@ -156,7 +156,7 @@ class Store:
             warnings.simplefilter("ignore")
             group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
             for tap, start, stop in columns(self.manifest.taps):
-                self._write_tap(group, tap, partial, stats.columns(start, stop), start, stop)
+                self._write_tap(group, of_partial(self.catalog, tap, partial, stats, start, stop))
             write_errors(self.path / "errors.parquet", partial.bad)
             group = zarr.consolidate_metadata(self.path)
             for left in filter(is_aside, self.path.rglob("*")):
@@ -187,30 +187,23 @@ class Store:
         sync_folder(self.path)
         self.__dict__.pop("_results", None)
 
-    def _write_tap(self, group: zarr.Group, tap: Tap, partial: Partial, stats: Stats, start: int, stop: int) -> None:
+    def _write_tap(self, group: zarr.Group, results: TapResults) -> None:
+        tap = results.tap
         attributes = {
             "kind": tap.kind,
             "layer": tap.layer,
             "channels": tap.channels,
             "map": list(tap.map),
-            "unfit": int(stats.unfit.max(initial=0)),
+            "unfit": results.unfit,
         }
         node = group.create_group(tap.name, attributes=attributes, overwrite=True)
-        for (score, end), top in partial.tops.items():
-            place = f"{score}/{end}"
-            ranked = Ranked(top.score[start:stop], top.image[start:stop], top.position[start:stop])
+        for (score, end), peaks in results.lists.items():
             shown = self.manifest.settings[end]
-            lists = [(place, shown, "rank")]
-            if shown < ranked.image.shape[1]:
+            _write_peaks(node, f"{score}/{end}", peaks.first(shown), "rank")
+            if shown < peaks.image.shape[1]:
                 # a dimension of its own: xarray wants one that bears the same name to be as long in a group below
-                lists.append((f"{place}/candidates", ranked.image.shape[1], "candidate"))
-            for where, k, name in lists:
-                _write(node, f"{where}/image", ranked.image[:, :k], ("channel", name), -1)
-                _write(node, f"{where}/score", ranked.values(end)[:, :k], ("channel", name), np.nan)
-                if score == "max":
-                    position = _unravel(ranked.position[:, :k], tap.map)
-                    _write(node, f"{where}/position", position, ("channel", name, "axis"), -1)
-        for name, values in stats.describe(tap.positions).items():
+                _write_peaks(node, f"{score}/{end}/candidates", peaks, "candidate")
+        for name, values in results.stats.items():
             _write(node, f"stats/{name}", values, ("channel",), 0 if name == "count" else np.nan)
 
     @cached_property
@@ -221,17 +214,27 @@ class Store:
     @cached_property
     def _results(self) -> Callable[[str], TapResults]:
         """Reads one tap: from the arrays of a finished store, from the state of an unfinished one."""
+        places = {tap.name: (tap, start, stop) for tap, start, stop in columns(self.manifest.taps)}
         if self.manifest.finished:
             group = zarr.open_group(self.path, mode="r")
-            return lambda name: _results_from_group(self, group, name)
+            return lambda name: self._read_tap(group[name], places[name][0])
         state = self.state()
         if state is None:
             raise MaxactError(
                 f"{self.path}: nothing is committed yet; wait for the first commit or start the scan again"
             )
-        places = {tap.name: (tap, start, stop) for tap, start, stop in columns(self.manifest.taps)}
-        stats = state.total()
-        return lambda name: _results_from_state(self, state, stats, *places[name])
+        stats, ranks = state.total(), self.manifest.settings
+        return lambda name: of_partial(self.catalog, places[name][0], state, stats, *places[name][1:]).first(ranks)
+
+    def _read_tap(self, node: Any, tap: Tap) -> TapResults:
+        lists: dict[List, Peaks] = {}
+        for score, end in self.manifest.lists():
+            place = node[f"{score}/{end}"]
+            lists[score, end] = Peaks(
+                place["image"][:], place["score"][:], place["position"][:] if score == "max" else None
+            )
+        stats = {name: node[f"stats/{name}"][:] for name in node["stats"]}
+        return TapResults(self.catalog, tap, lists, stats, node.attrs["unfit"])
 
     def __iter__(self) -> Iterator[str]:
         return (tap.name for tap in self.manifest.taps)
@@ -286,77 +289,12 @@ class Store:
         return _error_table(state.bad if state else ())
 
 
-@dataclass(frozen=True)
-class TapResults:
-    """What one tap gave: `lists` of peaks by score and end, and the statistics of its channels.
-
-    A list is (image int64 [C, k], score float32 [C, k], position int32 [C, k, 2] or None); `stats` has count, mean,
-    std, min, max and active, each [C].
-    """
-
-    store: Store
-    tap: Tap
-    lists: dict[List, tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32] | None]]
-    stats: dict[str, NDArray[Any]]
-    unfit: int
-
-    @property
-    def dead(self) -> NDArray[np.bool_]:
-        """[C]: channels that are never above zero."""
-        return ~(self.stats["max"] > 0)
-
-    def top(self, channel: int, score: str = "max", end: str = "top") -> pa.Table:
-        """One channel's list as a table: rank, image, key, label, score and, for maxima, row and column.
-
-        Raises MaxactError for a list or a channel that is not there.
-        """
-        if (score, end) not in self.lists:
-            raise MaxactError(f"{self.tap.name}: has no {score}/{end}; it has {', '.join(map('/'.join, self.lists))}")
-        if not 0 <= channel < self.tap.channels:
-            raise MaxactError(f"{self.tap.name}: expected a channel from 0 to {self.tap.channels - 1}, got {channel}")
-        image, value, position = self.lists[score, end]  # type: ignore[index]
-        filled = image[channel] >= 0
-        numbers = image[channel][filled]
-        named = self.store.catalog.table.take(pa.array(numbers))
-        table = {
-            "rank": pa.array(np.arange(len(numbers))),
-            "image": pa.array(numbers),
-            "key": named["key"],
-            "label": named["label"],
-            "score": pa.array(value[channel][filled]),
-        }
-        if position is not None:
-            table["row"], table["column"] = (pa.array(position[channel][filled][:, axis]) for axis in (0, 1))
-        return pa.table(table)
-
-
-def _results_from_group(store: Store, group: zarr.Group, name: str) -> TapResults:
-    tap = next(tap for tap in store.manifest.taps if tap.name == name)
-    node: Any = group[name]
-    lists: dict[List, Any] = {}
-    for score, end in store.manifest.lists():
-        place = node[f"{score}/{end}"]
-        position = place["position"][:] if score == "max" else None
-        lists[score, end] = (place["image"][:], place["score"][:], position)
-    stats = {column: node[f"stats/{column}"][:] for column in node["stats"]}
-    return TapResults(store, tap, lists, stats, node.attrs["unfit"])
-
-
-def _results_from_state(store: Store, state: Partial, stats: Stats, tap: Tap, start: int, stop: int) -> TapResults:
-    lists: dict[List, Any] = {}
-    for score, end in store.manifest.lists():
-        top, k = state.tops[score, end], store.manifest.settings[end]
-        ranked = Ranked(top.score[start:stop, :k], top.image[start:stop, :k], top.position[start:stop, :k])
-        position = _unravel(ranked.position, tap.map) if score == "max" else None
-        lists[score, end] = (ranked.image, ranked.values(end), position)
-    own = stats.columns(start, stop)
-    return TapResults(store, tap, lists, own.describe(tap.positions), int(own.unfit.max(initial=0)))
-
-
-def _unravel(position: NDArray[np.int32], shape: tuple[int, int]) -> NDArray[np.int32]:
-    """Row-major numbers [C, k] as rows and columns [C, k, 2], -1 where empty."""
-    rows, cols = np.divmod(position, np.int32(shape[1]))
-    return np.where(position[..., None] >= 0, np.stack([rows, cols], -1), np.int32(-1))
+def _write_peaks(node: zarr.Group, place: str, peaks: Peaks, dimension: str) -> None:
+    """One list of peaks, whose ranks bear the name `dimension`."""
+    _write(node, f"{place}/image", peaks.image, ("channel", dimension), -1)
+    _write(node, f"{place}/score", peaks.score, ("channel", dimension), np.nan)
+    if peaks.position is not None:
+        _write(node, f"{place}/position", peaks.position, ("channel", dimension, "axis"), -1)
 
 
 def _write(group: zarr.Group, name: str, values: NDArray[Any], dimensions: tuple[str, ...], fill: float) -> None:
