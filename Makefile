@@ -27,7 +27,7 @@ test-gpu: $(READY)  ## the tests that need a GPU
 lint: $(READY)  ## style, formatting and the direction of imports
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(VENV)/bin/lint-imports
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 types: $(READY)  ## static types
 	$(PYTHON) -m mypy
@@ -47,4 +47,4 @@ bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
 	$(PYTHON) bench/start.py
 
 clean:  ## remove what was built, the environment too
-	rm -rf $(VENV) demo bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

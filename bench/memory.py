@@ -51,7 +51,6 @@ def one(what: str, model_name: str, paths: str, images: int, crop: int) -> None:
             iter(catalog.shards(settings.shard)),
             decoder,
             batch=settings.batch,
-            shape=model.preprocess.shape,
             readers=16,
         )
         network = model.network.to(memory_format=torch.channels_last)
@@ -65,7 +64,7 @@ def one(what: str, model_name: str, paths: str, images: int, crop: int) -> None:
 def main() -> None:
     """Measures and reports."""
     args = arguments(
-        __doc__ or "", images="", models="resnet18:224:640,squeezenet1_1:64:10000,squeezenet1_1:64:100000", child=""
+        __doc__ or "", images="", runs="resnet18:224:640,squeezenet1_1:64:10000,squeezenet1_1:64:100000", child=""
     )
     if args.child:
         what, name, crop, count, paths = args.child.split(",")

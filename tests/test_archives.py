@@ -1,5 +1,6 @@
 """Tar archives and Parquet files: what is indexed is what is read, and damage never goes unseen."""
 
+import errno
 import io
 import json
 import os
@@ -147,6 +148,25 @@ class TestTar:
         path.unlink()
         with pytest.raises(FileNotFoundError):
             reader.read(source, offset, length, modified)
+
+    def test_a_descriptor_that_went_stale_is_not_used_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (row,) = find(write_tar(tmp_path / "x.tar", {"1.jpg": b"1" * 600}))
+        reader, pread, stale = TarReader(), os.pread, set[int]()
+
+        def read(fd: int, length: int, offset: int) -> bytes:
+            if fd in stale:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return pread(fd, length, offset)
+
+        monkeypatch.setattr(os, "pread", read)
+        assert reader.read(*row[2:]) == b"1" * 600
+        old = reader._open[row[2]]
+        stale.add(old.fd)
+        with pytest.raises(OSError, match="Stale"):
+            reader.read(*row[2:])
+        assert reader.read(*row[2:]) == b"1" * 600
 
     def test_many_threads_and_more_archives_than_stay_open(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,9 +18,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
+import torch
+from torch import nn
 
 import tiny
-from maxact import cli
+from maxact import cli, demo
 from maxact.decode import native_stderr
 from maxact.store import Store
 from stores import ARGUMENTS, Child, command, names
@@ -187,6 +189,29 @@ def test_info_of_a_store_with_errors(run: Run, photos: Path, inside: Path) -> No
     assert "bad images" in info.out and "astronaut/000.jpg" in info.out and "decode" in info.out
 
 
+def test_demo(run: Run, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few tiles and a small network, of which one channel has no number."""
+
+    def network() -> nn.Module:
+        built = tiny.network()
+        built.get_parameter("bn1.bias").data[0] = torch.nan
+        return nn.Sequential(built.conv1, built.bn1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", ("chelsea.png",))
+    monkeypatch.setattr(demo, "_PARTS", (1,))
+    monkeypatch.setattr(demo, "network", network)
+    done = run("demo", "out", "--quiet")
+    assert done.code == 0, done.err
+    row = next(line for line in done.out.splitlines() if "chelsea/" in line)
+    assert "Conv2d" in row and "nan" not in row
+    assert names(inside / "out") == {"tiles", "demo.zarr", "sheet.png"}
+    (inside / "out" / "sheet.png").unlink()
+    (inside / "out" / "sheet.png").mkdir()
+    again = run("demo", "out", "--quiet")
+    assert (again.code, again.out) == (1, "")
+    assert again.err.startswith("maxact: out/sheet.png: cannot be written (Is a directory)")
+
+
 # Mistakes
 
 
@@ -226,6 +251,13 @@ def mistakes() -> dict[str, tuple[list[str], int, str]]:
         "no store": (["info", "nowhere"], 1, "nowhere: not a maxact store (make one with `maxact scan`)"),
         "no store to export": (["export", "empty", "x.parquet"], 1, "empty: not a maxact store"),
         "a file in the way": (["scan", "tiny:network", "PHOTOS", "bad.pth"], 1, "bad.pth: is a file, not a folder"),
+        "grey": (
+            [*scan, "--skip-grey", "--preprocess", "tiny:network"],
+            2,
+            "skip_grey: cannot be had with the preprocess function tiny:network; leave one out",
+        ),
+        "the user's own list": (["scan", "tiny:network", "PHOTOS", "data"], 1, "data: there is something else here"),
+        "a demo in a file": (["demo", "bad.pth", "--quiet"], 1, "bad.pth/tiles: cannot be written (Not a directory)"),
         "a folder in the way": ([*scan[:3], "full", "--overwrite"], 1, "full: there is something else here"),
     }
 
@@ -236,6 +268,8 @@ def test_a_mistake_is_one_line(run: Run, photos: Path, inside: Path, name: str) 
     (inside / "empty").mkdir()
     (inside / "full").mkdir()
     (inside / "full" / "thesis.tex").write_text("x")
+    (inside / "data").mkdir()
+    (inside / "data" / "images.parquet").write_bytes(b"of the user")
     (inside / "bad.pth").write_bytes(b"no weights")
     safetensors.torch.save_file({"fc.weight": tiny.network().fc.weight.data}, "other.safetensors")  # type: ignore[union-attr, dict-item]
     before = names(inside)

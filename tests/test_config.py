@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from maxact import config
 from maxact.config import SHARD, RunConfig, ScanConfig, cores
 from maxact.errors import UsageError
 
@@ -86,5 +88,13 @@ def test_bad_images_that_are_borne() -> None:
     assert RunConfig(max_bad=0).allowed_bad(1000) == 0
 
 
-def test_cores() -> None:
-    assert cores() == len(os.sched_getaffinity(0)) >= 1
+@pytest.mark.parametrize(
+    ("quota", "wanted"),
+    [("max 100000", 8), ("200000 100000", 2), ("350000 100000", 3), ("50000 100000", 1), ("1600000 100000", 8)],
+)
+def test_cores(quota: str, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(config, "_QUOTA", tmp_path / "cpu.max")
+    assert cores() == 8  # no quota is known
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert cores() == wanted

@@ -55,6 +55,15 @@ def test_a_second_run_meets_the_same_files(tiles: Path, monkeypatch: pytest.Monk
     assert all(name.endswith(".jpg") for name in contents(tiles))
 
 
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MaxactError) as caught:
+        demo.write_tiles(tmp_path / "file" / "tiles")
+    assert str(caught.value) == (
+        f"{tmp_path}/file/tiles: cannot be written (Not a directory); make room there or choose another place"
+    )
+
+
 def test_about_1500_tiles() -> None:
     data = Path(str(importlib.util.find_spec("skimage").origin)).parent / "data"  # type: ignore[union-attr]
     count = 0

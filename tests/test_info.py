@@ -91,3 +91,20 @@ def test_a_tap_that_never_had_a_number(photos: Path, tmp_path: Path) -> None:
 
     (tap,) = strictly(describe(scan(photos, tmp_path / "x", Broken(), limit=2, crop=16)))["taps"]
     assert (tap["mean"], tap["active"], tap["highest"], tap["dead"], tap["unfit"]) == (None, None, None, 2, 2)
+
+
+def test_a_channel_that_never_had_a_number(photos: Path, tmp_path: Path) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            nn.init.zeros_(self.conv.weight)
+            self.conv.bias.data[:] = torch.tensor([1.0, torch.nan, 3.0, -1.0])  # type: ignore[union-attr]
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.conv(images)
+            return result
+
+    (tap,) = strictly(describe(scan(photos, tmp_path / "x", Broken(), limit=2, crop=16)))["taps"]
+    assert (tap["mean"], tap["active"], tap["highest"]) == (1, pytest.approx(2 / 3), 3)
+    assert (tap["dead"], tap["unfit"]) == (2, 2)

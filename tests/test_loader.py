@@ -56,9 +56,7 @@ def loading(
     pictures = catalog.dataset is not None
     with (
         closing(make_decoder(decoder, preprocess, batch=batch, threads=2, pictures=pictures)) as made,
-        closing(
-            load(catalog, chosen, made, batch=batch, shape=preprocess.shape, readers=readers, skip_grey=skip_grey)
-        ) as batches,
+        closing(load(catalog, chosen, made, batch=batch, readers=readers, skip_grey=skip_grey)) as batches,
     ):
         yield batches
 
@@ -545,7 +543,7 @@ def test_a_catalog_without_its_dataset_is_the_callers_mistake() -> None:
     decoder = make_decoder("torchvision", SMALL, batch=4, threads=1, pictures=True)
     with (
         closing(decoder),
-        closing(load(catalog, iter(catalog.shards(9)), decoder, batch=4, shape=SMALL.shape, readers=2)) as batches,
+        closing(load(catalog, iter(catalog.shards(9)), decoder, batch=4, readers=2)) as batches,
         pytest.raises(MaxactError, match="give it as images again"),
     ):
         next(batches)

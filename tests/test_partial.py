@@ -10,29 +10,32 @@ from hypothesis import strategies as st
 
 from maxact.catalog import Shard
 from maxact.errors import MaxactError
-from maxact.partial import BadImage, Partial, Tally
+from maxact.partial import HELD, BadImage, Partial, Tally
 from maxact_kernels.peaks import Peaks
 
 CHANNELS, SIZE = 5, 12
 KEPT = {("max", "top"): 4, ("mean", "bottom"): 3}
 
 
-def shard_result(index: int, bad: bool = False) -> Partial:
-    """What a shard of SIZE images gives, a function of its number alone."""
-    rng = np.random.default_rng(index)
-    shard = Shard(index, index * SIZE, (index + 1) * SIZE)
-    tally = Tally(shard, CHANNELS, KEPT)
-    values = [
+def batch(number: int) -> tuple[Peaks, np.ndarray]:
+    """The peaks and image numbers of a batch of SIZE images, a function of its number alone."""
+    rng = np.random.default_rng(number)
+    top, low, mean, square = (
         rng.standard_normal((SIZE, CHANNELS)).astype(np.float32) * np.float32(10.0 ** rng.integers(-3, 4))
         for _ in range(4)
-    ]
-    numbers = np.arange(shard.start, shard.stop)
+    )
+    position = np.broadcast_to(np.arange(SIZE, dtype=np.int32)[:, None], (SIZE, CHANNELS)).copy()
+    return Peaks(top, position, low, mean, square**2, position), np.arange(number * SIZE, (number + 1) * SIZE)
+
+
+def shard_result(index: int, bad: bool = False) -> Partial:
+    """What a shard of one batch gives, a function of its number alone."""
+    tally = Tally(Shard(index, index * SIZE, (index + 1) * SIZE), CHANNELS, KEPT)
+    peaks, numbers = batch(index)
     if bad:
         numbers[3] = -1
-    top, low, mean, square = values
-    position = np.broadcast_to(np.arange(SIZE, dtype=np.int32)[:, None], (SIZE, CHANNELS)).copy()
-    tally.add(Peaks(top, position, low, mean, square**2, position), numbers)
-    errors = [BadImage(shard.start + 3, f"key {shard.start + 3}", "decode", "broken")] if bad else []
+    tally.add(peaks, numbers)
+    errors = [BadImage(index * SIZE + 3, f"key {index * SIZE + 3}", "decode", "broken")] if bad else []
     return tally.close(errors, grey=index % 2)
 
 
@@ -75,6 +78,34 @@ def test_a_shard_scanned_again_without_its_errors_leaves_no_trace(count: int, ba
     for index in sorted(index for index in bad if index < count):
         result = result.without(Shard(index, index * SIZE, (index + 1) * SIZE)).merge(shard_result(index))
     assert same(result, clean)
+
+
+def test_only_so_many_shards_can_be_taken_out_and_the_sums_stay_the_same() -> None:
+    count = HELD + 20
+    bad = set(range(count))
+    forward, backward = in_order(list(range(count)), bad), in_order(list(range(count))[::-1], bad)
+    assert same(forward, backward) and set(forward.held) == set(range(HELD))
+    assert len(forward.stats) <= HELD + 8
+    assert (forward.total().images == SIZE * count - count).all()  # one bad image each
+
+
+def test_the_size_of_the_shards_does_not_show() -> None:
+    """The same batches, cut into shards of one, three and eight."""
+    totals = []
+    for batches in (1, 3, 8):
+        result = None
+        for first in range(0, 24, batches):
+            tally = Tally(Shard(first // batches, first * SIZE, (first + batches) * SIZE), CHANNELS, KEPT)
+            for number in range(first, first + batches):
+                tally.add(*batch(number))
+            part = tally.close()
+            result = part if result is None else result.merge(part)
+        totals.append(result)
+    for other in totals[1:]:
+        for name, array in vars(totals[0].total()).items():
+            assert getattr(other.total(), name).tobytes() == array.tobytes()
+        for key, top in totals[0].tops.items():
+            np.testing.assert_array_equal(other.tops[key].image, top.image)
 
 
 def test_the_sum_is_that_of_all_shards() -> None:

@@ -381,8 +381,49 @@ def test_a_dataset_with_passing_errors(tmp_path: Path) -> None:
 
 def test_another_dataset_is_refused(tmp_path: Path) -> None:
     scan(Flaky({}), tmp_path / "x")
-    with pytest.raises(MaxactError, match=r"source: test_run.Flaky of 12, not test_run.Flaky of 11"):
+    with pytest.raises(
+        MaxactError, match=r"source: sha256 \w{16}: test_run\.Flaky of 12, not .* test_run\.Flaky of 11"
+    ):
         scan(Flaky({}, 11), tmp_path / "x")
+    other = Flaky({})
+    other.targets[3] += 1
+    with pytest.raises(MaxactError, match=r"source: sha256 \w{16}: test_run\.Flaky of 12, not sha256 \w{16}: test"):
+        scan(other, tmp_path / "x")
+    assert scan(Flaky({}), tmp_path / "x").manifest.finished
+
+
+@pytest.mark.parametrize("name", ["samples", "imgs"])
+def test_a_dataset_of_other_files_is_refused(name: str, tmp_path: Path) -> None:
+    def make(file: str) -> Flaky:
+        dataset = Flaky({}, 4)
+        setattr(dataset, name, [(f"/a/{number}.jpg", 0, object()) for number in range(3)] + [(file, 0, object())])
+        return dataset
+
+    scan(make("/a/3.jpg"), tmp_path / "x")
+    assert scan(make("/a/3.jpg"), tmp_path / "x").manifest.finished
+    with pytest.raises(MaxactError, match=r"source: sha256 \w{16}: test_run\.Flaky of 4, not sha256 \w{16}: test"):
+        scan(make("/b/3.jpg"), tmp_path / "x")
+
+
+def test_many_paths_are_kept_as_a_hash(photos: Path, tmp_path: Path) -> None:
+    paths = sorted(photos.rglob("*.jpg"))
+    few = scan(paths[:20], tmp_path / "few")
+    assert few.manifest.images["source"] == [str(path) for path in paths[:20]]
+    store = scan(paths, tmp_path / "many")
+    assert re.fullmatch(r"21 paths, sha256 \w{16}", store.manifest.images["source"])
+    assert scan(paths, tmp_path / "many").manifest.finished
+    with pytest.raises(MaxactError, match=r"source: 21 paths, sha256 \w{16}, not 21 paths, sha256 \w{16}"):
+        scan(paths[::-1], tmp_path / "many")
+
+
+def test_text_is_one_item_and_what_comes_twice_counts_once(photos: Path, tmp_path: Path) -> None:
+    store = scan(photos, tmp_path / "x", where="co*", layers="bn*", score="mean")
+    assert list(store) == ["bn1", "bn2"] and len(store.catalog) == 3
+    again = scan(photos, tmp_path / "x", where=["co*"] * 2, layers=("bn*", "bn*"), score=("mean", "mean"))
+    assert again.manifest == store.manifest
+    twice = scan(photos, tmp_path / "y", limit=2, layers=("fc", "bn*", "fc"), score=("mean", "max", "mean"))
+    assert twice.manifest.settings["layers"] == ["fc", "bn*"]
+    assert twice.manifest.settings["scores"] == ["mean", "max"]
 
 
 def test_storage_that_goes_away(
@@ -512,7 +553,7 @@ def test_warnings_are_seen_where_nobody_set_logging_up(
     network = tiny.network()
     network.fc.weight.data[0] = torch.nan  # type: ignore[union-attr, operator, index]
     scan(photos, tmp_path / "x", network, limit=2)
-    message = "fc: maps with NaN or infinity on 2 images were left out\n"
+    message = "fc: 2 maps with NaN or infinity were left out\n"
     assert capfd.readouterr() == ("", message)
     assert (tmp_path / "x" / "run" / "log").read_text().endswith(message)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -280,9 +282,7 @@ def test_maps_that_are_left_out_are_counted(photos: Path, tmp_path: Path, caplog
     assert store["conv"].unfit == 3
     assert store["conv"].top(1).num_rows == 0
     assert np.isnan(store["conv"].stats["mean"]).tolist() == [False, True]
-    assert [record.getMessage() for record in caplog.records] == [
-        "conv: maps with NaN or infinity on 3 images were left out"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["conv: 3 maps with NaN or infinity were left out"]
 
 
 # What is no store
@@ -310,7 +310,13 @@ def test_a_store_is_made_where_nothing_else_is(finished: Store, tmp_path: Path) 
     (tmp_path / "foreign" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
     zarr.create_group(tmp_path / "group")
-    for name, reason in (("foreign", "something else"), ("file", "is a file"), ("group", "not a maxact store")):
+    for name in ("data", "runs/run", "words/run"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("data/images.parquet", "runs/run/model.pth", "words/run/state-dict"):
+        (tmp_path / name).write_text("of the user")
+    (tmp_path / "words" / "run" / "lock").write_text("")
+    taken = [(name, "something else") for name in ("foreign", "data", "runs", "words")]
+    for name, reason in (*taken, ("file", "is a file"), ("group", "not a maxact store")):
         before = contents(tmp_path)
         with pytest.raises(MaxactError, match=reason), Store.lock(tmp_path / name):
             pass
@@ -325,7 +331,8 @@ def test_a_store_is_made_where_nothing_else_is(finished: Store, tmp_path: Path) 
 def test_a_start_that_was_cut_short_is_no_hindrance(finished: Store, tmp_path: Path) -> None:
     place = tmp_path / "a" / "b" / "x"
     (place / "run").mkdir(parents=True)
-    for name in ("images.parquet", ".images.parquet.part", "zarr.0123.partial", "run/state-7", "run/.state-8.part"):
+    left = ("run/lock", "run/log", "run/state-7", "run/.state-8.part")
+    for name in ("images.parquet", ".images.parquet.part", "zarr.0123.partial", *left):
         (place / name).write_text("half")
     with Store.lock(place):
         store = Store.create(place, replace(finished.manifest, finished=False), finished.catalog)
@@ -355,6 +362,19 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         )
     with Store.lock(tmp_path / "x"):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(handle: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Store.lock(tmp_path / "x"):
+        pass
+    assert caplog.messages == [f"{tmp_path}/x: cannot be locked here; see to it that no second run uses it"]
 
 
 # States
@@ -390,6 +410,64 @@ def test_commits_replace_each_other(unfinished: Store) -> None:
     assert found is not None and found.shards == state.shards
     unfinished.commit(state)
     assert {path.name for path in run.glob("state-*")} == {"state-100", "state-x"}
+
+
+def test_an_old_state_that_cannot_be_deleted(unfinished: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = unfinished.state()
+    assert state is not None
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(MaxactError, match=r"state-\d: cannot be written \(Input/output error\)"):
+        unfinished.commit(state)
+
+
+def test_attributes_are_synced_before_states_go(
+    finished: Store, unfinished: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = unfinished.state()
+    assert state is not None
+    done: list[tuple[str, bytes]] = []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def watched(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append((path.name, path.read_bytes() if path.is_file() else b""))
+        fsync(handle)
+
+    def watched_unlink(path: Path, missing_ok: bool = False) -> None:
+        done.append(("unlink", b""))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    Store.create(tmp_path / "new", finished.manifest, finished.catalog)
+    assert [name for name, _ in done[-2:]] == ["zarr.json", "new"]
+    monkeypatch.setattr(Path, "unlink", watched_unlink)
+    unfinished.finish(state)
+    *_, (name, synced), (folder, _), (last, _) = done
+    assert (name, folder, last) == ("zarr.json", "unfinished", "unlink")
+    assert synced == (unfinished.path / "zarr.json").read_bytes() and b'"finished": true' in synced
+
+
+def test_a_finished_store_that_is_damaged_says_so(finished: Store, tmp_path: Path) -> None:
+    place = tmp_path / "x"
+    shutil.copytree(finished.path, place)
+    (place / "errors.parquet").write_bytes(b"half")
+    with pytest.raises(MaxactError, match=r"errors\.parquet is damaged, or not what its name says: "):
+        Store(place).errors()
+    (place / "errors.parquet").unlink()
+    with pytest.raises(MaxactError, match=r"^cannot read .*/errors\.parquet: .*No such file or directory") as caught:
+        Store(place).errors()
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(place / "bn1")
+    shutil.rmtree(place / "bn2" / "max" / "top" / "score")
+    for name in ("bn1", "bn2"):
+        with pytest.raises(MaxactError) as caught:
+            Store(place)[name]
+        assert str(caught.value) == f"{place}: the tap {name} is missing or damaged; scan again with --overwrite"
+    assert Store(place)["fc"].tap.channels == 5
 
 
 def test_a_damaged_state_is_named(unfinished: Store) -> None:

@@ -174,22 +174,20 @@ class TarReader:
                 self._open[path] = archive
                 if len(self._open) > OPEN_ARCHIVES:
                     self._open.popitem(last=False)
-        if os.fstat(archive.fd).st_mtime_ns != modified:
-            self._forget(path)
-            raise Changed(f"changed: {show(path)} was modified after it was catalogued")
-        data = os.pread(archive.fd, length, offset)
-        while len(data) < length:
-            more = os.pread(archive.fd, length - len(data), offset + len(data))
-            if not more:
-                self._forget(path)
-                raise Changed(f"changed: {show(path)} ends inside an image")
-            data += more
-        return data
-
-    def _forget(self, path: bytes) -> None:
-        """So that a retry opens what is there by then."""
-        with self._lock:
-            self._open.pop(path, None)
+        try:
+            if os.fstat(archive.fd).st_mtime_ns != modified:
+                raise Changed(f"changed: {show(path)} was modified after it was catalogued")
+            data = os.pread(archive.fd, length, offset)
+            while len(data) < length:
+                more = os.pread(archive.fd, length - len(data), offset + len(data))
+                if not more:
+                    raise Changed(f"changed: {show(path)} ends inside an image")
+                data += more
+            return data
+        except (OSError, Changed):
+            with self._lock:  # so that a retry opens what is there by then
+                self._open.pop(path, None)
+            raise
 
     def close(self) -> None:
         with self._lock:

@@ -107,7 +107,10 @@ def _export(store: str, out: str) -> int:
 
 
 def _demo(out: str, quiet: bool, overwrite: bool) -> int:
+    import numpy as np
+
     from maxact import demo, run
+    from maxact.files import writing
     from maxact.progress import display, print_table
     from maxact.render.sheet import contact_sheet, telling_channels
 
@@ -122,11 +125,14 @@ def _demo(out: str, quiet: bool, overwrite: bool) -> int:
             report=report,
             native_log=True,
         )
-    contact_sheet(store, telling_channels(store)).save(folder / "sheet.png")
+    sheet = contact_sheet(store, telling_channels(store))
+    with writing(folder / "sheet.png"):
+        sheet.save(folder / "sheet.png")
     rows = []
     for name in store:
         results = store[name]
-        best = results.top(int(results.stats["max"].argmax())).slice(0, 1).to_pylist()[0]
+        strongest = int(np.nan_to_num(results.stats["max"], nan=-np.inf).argmax())
+        best = results.top(strongest).slice(0, 1).to_pylist()[0]
         alive = results.tap.channels - int(results.dead.sum())
         rows.append((name, results.tap.kind, results.tap.channels, alive, best["score"], best["key"]))
     print_table(("tap", "kind", "channels", "alive", "highest", "in"), rows)

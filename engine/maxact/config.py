@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +20,7 @@ Score = Literal["max", "mean"]
 DecoderName = Literal["auto", "dali", "torchvision"]
 
 SHARD = 4096  # images in a shard, rounded up to a whole number of batches
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, or max, in a period of so many
 
 
 def _check(condition: bool, name: str, expected: str, got: object) -> None:
@@ -148,4 +151,8 @@ class RunConfig:
 
 def cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    count = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # there is no such file, or no quota
+        quota, period = map(int, _QUOTA.read_text().split())
+        count = min(count, quota // period)
+    return max(1, count)

@@ -64,13 +64,12 @@ def make_decoder(
     max_pixels: int = MAX_PIXELS,
     pictures: bool = False,
     depth: int = 2,
-    niceness: int = 0,
 ) -> Decoder:
     """The decoder that `name` means (see `choose_decoder`), for batches of at most `batch`.
 
-    `depth` batches may be in flight. The decoder's threads give way to all others of the process by `niceness`.
+    `depth` batches may be in flight.
     """
-    settings = Settings(preprocess, batch, threads, torch.device(device), max_pixels, depth, niceness)
+    settings = Settings(preprocess, batch, threads, torch.device(device), max_pixels, depth)
     if choose_decoder(name, preprocess, pictures) == "torchvision":
         return TorchvisionDecoder(settings)
     from maxact.decode_dali import DaliDecoder

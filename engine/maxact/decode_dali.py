@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from maxact.decoder import Decoded, Settings, made_nicely
+from maxact.decoder import Decoded, Settings
 from maxact.errors import MaxactError
 from maxact.pictures import Refused, line, open_picture
 from maxact.preprocess import Placement
@@ -65,7 +65,7 @@ class DaliDecoder:
         self.depth = settings.depth
         self._settings = settings
         self._cuda = settings.device.type == "cuda"
-        self._peek = self._peek_pipeline()  # not nicely: `submit` waits for it, if only for a millisecond
+        self._peek = self._peek_pipeline()
         self._decode = self._made(settings.batch, settings.depth)
         self._spare: Pipeline = None  # decodes lost batches; made for the first
         self._flights: deque[_Flight] = deque()  # after the pipelines, so that it is freed after them
@@ -88,15 +88,15 @@ class DaliDecoder:
         flight = self._flights.popleft()
         n, items = flight.n, list(flight.items.items())
         if not items:
-            return Decoded(self._blank(n), flight.errors)
+            return Decoded(self.blank(n), flight.errors)
         try:
             images = self._share(self._decode)
         except DALI_ERRORS as error:
-            images = self._blank(n)
+            images = self.blank(n)
             self._salvage(items, error, images, flight.errors)
             return Decoded(images, flight.errors)
         if len(items) < n:
-            some, images = images, self._blank(n)
+            some, images = images, self.blank(n)
             images[list(flight.items)] = some
         return Decoded(images, flight.errors)
 
@@ -128,7 +128,7 @@ class DaliDecoder:
             except DALI_ERRORS as again:
                 self._salvage(half, again, images, errors)
 
-    def _blank(self, n: int) -> torch.Tensor:
+    def blank(self, n: int) -> torch.Tensor:
         shape = (n, *self._settings.preprocess.crop, 3)
         return torch.zeros(shape, dtype=torch.uint8, device=self._settings.device)
 
@@ -206,7 +206,7 @@ class DaliDecoder:
         return tensor
 
     def _made(self, batch: int, depth: int) -> Pipeline:
-        return made_nicely(self._settings.niceness, lambda: self._decode_pipeline(batch, depth))
+        return self._decode_pipeline(batch, depth)
 
     def _peek_pipeline(self) -> Pipeline:
         """Files -> height, width, channels. 40,000 headers a second on one core."""
@@ -262,7 +262,7 @@ class DaliDecoder:
             pipeline.set_outputs(images)
         pipeline.build()
         # A pipeline's first schedule_run starts `depth` batches and every later one starts one. So the first ones
-        # are dummies; they also start every thread here, where their niceness is inherited.
+        # are dummies; they also start every thread here.
         black = io.BytesIO()
         Image.new("RGB", (64, 64)).save(black, "JPEG")
         for _ in range(depth):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from maxact.decoder import Decoded, Settings, be_nice
+from maxact.decoder import Decoded, Settings
 from maxact.pictures import Refused, as_picture, line, open_picture, rgb
 from maxact.preprocess import Placement
 
@@ -28,16 +28,12 @@ class TorchvisionDecoder:
         self._settings = settings
         self._function = None if preprocess.function is None else preprocess.load_function()
         self._resample = Image.Resampling[preprocess.interpolation.upper()]
-        self._pool = ThreadPoolExecutor(settings.threads, "decode", be_nice, (settings.niceness,))
+        self._pool = ThreadPoolExecutor(settings.threads, "decode")
         self._flights: deque[tuple[torch.Tensor, list[Future[str | None]]]] = deque()
 
     def submit(self, files: Sequence[Any]) -> None:
         self._settings.check(files, len(self._flights))
-        n, (height, width) = len(files), self._settings.preprocess.crop
-        if self._function is None:
-            images = torch.zeros((n, height, width, 3), dtype=torch.uint8)
-        else:
-            images = torch.zeros((n, 3, height, width), dtype=torch.float32)
+        images = self._zeros(len(files))
         parts = [self._pool.submit(self._one, file, images[i]) for i, file in enumerate(files)]
         self._flights.append((images, parts))
 
@@ -47,9 +43,16 @@ class TorchvisionDecoder:
         errors = {i: reason for i, reason in reasons.items() if reason is not None}
         return Decoded(images.to(self._settings.device), errors)
 
+    def blank(self, n: int) -> torch.Tensor:
+        return self._zeros(n).to(self._settings.device)
+
     def close(self) -> None:
         self._flights.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _zeros(self, n: int) -> torch.Tensor:
+        dtype = torch.uint8 if self._function is None else torch.float32
+        return torch.zeros((n, *self._settings.preprocess.shape), dtype=dtype)
 
     def _one(self, file: object, out: torch.Tensor) -> str | None:
         """Decode one file into `out`, [H, W, 3] or [3, H, W]. The reason where it is bad: `out` stays blank."""

@@ -1,12 +1,8 @@
-"""What every decoder shares: the interface, where a picture goes, and threads that give way."""
+"""What every decoder shares: the interface, and where a picture goes."""
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -44,6 +40,9 @@ class Decoder(Protocol):
     def collect(self) -> Decoded:
         """Wait for the oldest batch that was submitted and not yet collected."""
 
+    def blank(self, n: int) -> torch.Tensor:
+        """A batch of n images that are 0, as `collect` would give them."""
+
     def close(self) -> None:
         """End the threads; batches in flight are dropped. Closing again does nothing."""
 
@@ -59,8 +58,6 @@ class Settings:
     max_pixels: int
     """A picture of more, or one that would be resized to more, is refused by its header."""
     depth: int
-    niceness: int
-    """By how much the decoder's threads give way to the others of the process; 0: not at all."""
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -92,18 +89,3 @@ class Settings:
 
 def _mega(pixels: int) -> str:
     return f"{pixels / 1e6:,.{0 if pixels >= 1e8 else 2}f} megapixels"
-
-
-def be_nice(niceness: int) -> None:
-    """Let this thread, and those that it will start, give way to the others of the process.
-
-    Only on Linux has each thread its own niceness; no thread can take it back.
-    """
-    if niceness and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
-
-
-def made_nicely(niceness: int, make: Callable[[], T]) -> T:
-    """What `make` returns, called in a thread of its own: the threads that it starts inherit the niceness."""
-    with ThreadPoolExecutor(1, initializer=be_nice, initargs=(niceness,)) as thread:
-        return thread.submit(make).result()

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from maxact.errors import MaxactError
+from maxact.files import writing
 from maxact.preprocess import Preprocess
 
 PHOTOGRAPHS = (
@@ -61,20 +62,26 @@ def write_tiles(folder: Path) -> int:
     for name in PHOTOGRAPHS:
         with Image.open(photographs / name) as opened:
             photograph = opened.convert("RGB")
-        place = folder / Path(name).stem
-        place.mkdir(parents=True, exist_ok=True)
-        for part in _PARTS:
-            side = min(photograph.size) // part
-            for y in _starts(photograph.height, side):
-                for x in _starts(photograph.width, side):
-                    count += 1
-                    tile = place / f"{side}-{y}-{x}.jpg"
-                    if not tile.exists():
-                        box = (x, y, x + side, y + side)
-                        aside = tile.with_suffix(".part")  # not one of the images, should this be cut short
-                        cut = photograph.resize((_TILE, _TILE), Image.Resampling.LANCZOS, box)
-                        cut.save(aside, "JPEG", quality=92)
-                        aside.replace(tile)
+        with writing(folder):
+            count += _write_tiles(photograph, folder / Path(name).stem)
+    return count
+
+
+def _write_tiles(photograph: Image.Image, place: Path) -> int:
+    place.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for part in _PARTS:
+        side = min(photograph.size) // part
+        for y in _starts(photograph.height, side):
+            for x in _starts(photograph.width, side):
+                count += 1
+                tile = place / f"{side}-{y}-{x}.jpg"
+                if not tile.exists():
+                    box = (x, y, x + side, y + side)
+                    aside = tile.with_suffix(".part")  # not one of the images, should this be cut short
+                    cut = photograph.resize((_TILE, _TILE), Image.Resampling.LANCZOS, box)
+                    cut.save(aside, "JPEG", quality=92)
+                    aside.replace(tile)
     return count
 
 

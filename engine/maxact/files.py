@@ -28,8 +28,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     aside = path.with_name(f".{path.name}.part")
     try:
         write(aside)
-        with open(aside, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync_file(aside)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -46,9 +45,14 @@ def sync_tree(path: Path) -> None:
     """Makes every file in a folder, and in those below it, survive a loss of power."""
     for folder, _, names in os.walk(path):
         for name in names:
-            with open(os.path.join(folder, name), "rb") as handle:
-                os.fsync(handle.fileno())
+            sync_file(Path(folder, name))
         sync_folder(Path(folder))
+
+
+def sync_file(path: Path) -> None:
+    """Makes what is in a file survive a loss of power."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def sync_folder(path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from maxact.errors import MaxactError
 from maxact.store import Store
@@ -55,15 +58,16 @@ def _taps(store: Store) -> list[dict[str, Any]]:
         stats = results.stats
         row |= {
             "dead": int(results.dead.sum()),
-            "mean": _number(stats["mean"].mean()),
-            "active": _number(stats["active"].mean()),
-            "highest": _number(stats["max"].max()),
+            "mean": _number(np.mean, stats["mean"]),
+            "active": _number(np.mean, stats["active"]),
+            "highest": _number(np.max, stats["max"]),
             "unfit": results.unfit,
         }
         rows.append(row)
     return rows
 
 
-def _number(value: Any) -> float | None:
-    """None for NaN, which JSON does not have: no map entered."""
-    return None if math.isnan(value) else float(value)
+def _number(reduce: Callable[[NDArray[Any]], Any], values: NDArray[Any]) -> float | None:
+    """Over the channels in which a map entered (the others have NaN); None where there is none."""
+    values = values[~np.isnan(values)]
+    return float(reduce(values)) if len(values) else None

@@ -75,7 +75,6 @@ def load(
     decoder: Decoder,
     *,
     batch: int,
-    shape: tuple[int, ...],
     readers: int,
     skip_grey: bool = False,
 ) -> Generator[Batch, None, None]:
@@ -83,7 +82,7 @@ def load(
 
     Reading and decoding go on in the background while the caller works; they do not stop between shards, for the
     next shard is asked for while the last one is still on its way. A file that cannot be read or decoded leaves its
-    place empty and changes nothing for the others. `shape` is that of an image in a batch.
+    place empty and changes nothing for the others.
 
     Raises Unreadable where more than a tenth of a shard's images, and more than a few, cannot be read.
     """
@@ -108,7 +107,7 @@ def load(
                 return
             slot = decoding.popleft()
             _check_readable(slot, unread)  # not earlier: the shards before this one can still be finished
-            yield _finish(slot, decoder, batch, shape, skip_grey)
+            yield _finish(slot, decoder, batch, skip_grey)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -180,7 +179,7 @@ def _check_readable(slot: _Slot, unread: dict[int, int]) -> None:
         )
 
 
-def _finish(slot: _Slot, decoder: Decoder, size: int, shape: tuple[int, ...], skip_grey: bool) -> Batch:
+def _finish(slot: _Slot, decoder: Decoder, size: int, skip_grey: bool) -> Batch:
     """Waits for a batch's pixels and puts them in their places."""
     first, count = slot.entries[0].number, len(slot.entries)
     numbers = np.full(size, -1, np.int64)
@@ -195,7 +194,7 @@ def _finish(slot: _Slot, decoder: Decoder, size: int, shape: tuple[int, ...], sk
             slot.bad.append(BadImage(first + place, slot.entries[place].key, "decode", reason))
             numbers[place] = -1
     if images is None or len(slot.good) < size:
-        whole = torch.zeros((size, *shape), dtype=torch.uint8) if images is None else images.new_zeros((size, *shape))
+        whole = decoder.blank(size)
         if images is not None:
             whole[slot.good] = images
         images = whole

@@ -34,7 +34,7 @@ class Model:
     weights: str
     """In words: "ResNet18_Weights.IMAGENET1K_V1", "file checkpoint.pth", "none (random)"."""
     sha256: str
-    """Of every parameter and buffer: see `hash_state`."""
+    """Of every parameter and persistent buffer: see `hash_state`."""
 
 
 class Normalised(nn.Module):

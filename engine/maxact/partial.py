@@ -1,12 +1,13 @@
 """What some shards gave: the strongest peaks, the statistics, the bad images, and which shards those are.
 
 A `Tally` counts one shard and closes into a `Partial`; Partials of different shards merge into one, in any order and
-to the same bits. Ranked peaks merge freely, their order being total. Sums of floats do not, so the statistics are
-kept as the nodes of one binary tree over the shard numbers: node (level, index) covers the shards from
-index * 2**level to (index + 1) * 2**level, and is only ever the sum of its two halves, the left one first. What a run
-has counted is a set of such nodes, and their total is always taken along the tree.
+to the same bits, whatever the size of the shards. Ranked peaks merge freely, their order being total. Sums of floats
+do not, so the statistics are kept as the nodes of one binary tree over the batch numbers of the catalog: node (level,
+index) covers the batches from index * 2**level to (index + 1) * 2**level, and is only ever the sum of its two halves,
+the left one first. What a run has counted is a set of such nodes, and their total is always taken along the tree.
 
-The leaf of a shard that has bad images stays by itself, so that the shard can be taken out and scanned again.
+The nodes of a shard that has bad images stay by themselves, so that the shard can be taken out and scanned again;
+but only those of the first HELD such shards, or a state would grow with every bad image.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from maxact.topk import List, Ranked, Top
 from maxact_kernels.peaks import Peaks
 
 Node = tuple[int, int]  # level, index
+HELD = 64  # shards with bad images that can be scanned again
 
 
 @dataclass(frozen=True)
@@ -53,40 +55,41 @@ class Partial:
     stats: dict[Node, Stats]
     bad: tuple[BadImage, ...] = ()
     grey: dict[int, int] = field(default_factory=dict)
-    held: frozenset[int] = frozenset()  # shards with bad images, whose leaves stay by themselves
+    held: dict[int, tuple[Node, ...]] = field(default_factory=dict)  # shards that can be taken out, and their nodes
 
     def merge(self, other: Partial) -> Partial:
         """The result of both. Raises ValueError where they have a shard in common."""
         if self.shards & other.shards:
             raise ValueError(f"expected partials of different shards, got {min(self.shards & other.shards)} twice")
         held = self.held | other.held
+        held = {shard: held[shard] for shard in sorted(held)[:HELD]}
         return Partial(
             self.shards | other.shards,
             {key: top.merge(other.tops[key]) for key, top in self.tops.items()},
-            _join_siblings(self.stats | other.stats, held),
+            _join_siblings(self.stats | other.stats, {node for nodes in held.values() for node in nodes}),
             tuple(sorted((*self.bad, *other.bad), key=lambda bad: bad.image)),
             self.grey | other.grey,
             held,
         )
 
     def without(self, shard: Shard) -> Partial:
-        """The result less a shard that has bad images, for scanning it again.
+        """The result less a shard that is held, for scanning it again.
 
         Peaks that the shard had displaced are not brought back: they will be displaced again, by the same ones.
         """
         return Partial(
             self.shards - {shard.index},
             {key: top.without(shard.start, shard.stop) for key, top in self.tops.items()},
-            {node: stats for node, stats in self.stats.items() if node != (0, shard.index)},
+            {node: stats for node, stats in self.stats.items() if node not in self.held[shard.index]},
             tuple(bad for bad in self.bad if not shard.start <= bad.image < shard.stop),
             {index: count for index, count in self.grey.items() if index != shard.index},
-            self.held - {shard.index},
+            {index: nodes for index, nodes in self.held.items() if index != shard.index},
         )
 
     def total(self) -> Stats:
         """The statistics of all shards, summed along the tree."""
-        levels = max(self.shards).bit_length()
-        total = _fold(self.stats, (levels, 0))
+        batches = max((index + 1) << level for level, index in self.stats)
+        total = _fold(self.stats, (batches.bit_length(), 0))
         assert total is not None
         return total
 
@@ -100,7 +103,7 @@ class Partial:
         notes = {
             "bad": [asdict(bad) for bad in self.bad],
             "grey": list(self.grey.items()),
-            "held": sorted(self.held),
+            "held": list(self.held.items()),
         }
         arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
         try:
@@ -129,7 +132,7 @@ class Partial:
                 {node: Stats(**columns) for node, columns in nodes.items()},  # type: ignore[arg-type]
                 tuple(BadImage(**bad) for bad in notes["bad"]),
                 dict(notes["grey"]),
-                frozenset(notes["held"]),
+                {shard: tuple((level, index) for level, index in nodes) for shard, nodes in notes["held"]},
             )
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise MaxactError(f"{path}: not a state of a run ({error})") from error
@@ -144,13 +147,19 @@ class Tally:
     def __init__(self, shard: Shard, channels: int, kept: dict[List, int]) -> None:
         self._shard = shard
         self._tops = {(score, end): Top(channels, k, end) for (score, end), k in kept.items()}
-        self._stats = Stats.empty(channels)
+        self._channels = channels
+        self._batches = 0
+        self._nodes: dict[Node, Stats] = {}
 
     def add(self, peaks: Peaks, numbers: NDArray[np.int64]) -> None:
-        """Adds a batch: peaks [N, C], image numbers [N], negative where a row is masked."""
+        """Adds the next batch: peaks [N, C], image numbers [N], negative where a row is masked; all N are the same."""
         for (score, _), top in self._tops.items():
             top.add(getattr(peaks, score), peaks.position, numbers)
-        self._stats.add(peaks, numbers)
+        stats = Stats.empty(self._channels)
+        stats.add(peaks, numbers)
+        number = self._shard.start // len(numbers) + self._batches
+        self._nodes = _join_siblings(self._nodes | {(0, number): stats}, set())
+        self._batches += 1
 
     def close(self, bad: Sequence[BadImage] = (), grey: int = 0) -> Partial:
         """The shard's result."""
@@ -158,21 +167,21 @@ class Tally:
         return Partial(
             frozenset({index}),
             {key: top.state() for key, top in self._tops.items()},
-            {(0, index): self._stats},
+            self._nodes,
             tuple(bad),
             {index: grey} if grey else {},
-            frozenset({index} if bad else ()),
+            {index: tuple(self._nodes)} if bad else {},
         )
 
 
-def _join_siblings(nodes: dict[Node, Stats], held: frozenset[int]) -> dict[Node, Stats]:
-    """Sums every pair of halves that is there, level by level, but for leaves that are held."""
+def _join_siblings(nodes: dict[Node, Stats], held: set[Node]) -> dict[Node, Stats]:
+    """Sums every pair of halves that is there, level by level, but for nodes that are held."""
     nodes = dict(nodes)
     level = 0
     while any(node[0] >= level for node in nodes):
         for left in [node for node in nodes if node[0] == level and node[1] % 2 == 0]:
             right = (level, left[1] + 1)
-            if right in nodes and not (level == 0 and held & {left[1], right[1]}):
+            if right in nodes and not held & {left, right}:
                 nodes[level + 1, left[1] // 2] = nodes.pop(left).merge(nodes.pop(right))
         level += 1
     return nodes

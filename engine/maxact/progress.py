@@ -68,16 +68,15 @@ def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
     )
     with Bar(*columns, console=console) as bar:
         task = bar.add_task("scan", total=None, rate="starting", rest="", start=True)
-        begun = time.monotonic()
 
         def report(progress: Progress) -> None:
-            rate = progress.done / max(time.monotonic() - begun, 1e-9)
+            rate = progress.done / max(progress.seconds, 1e-9)
             bar.update(
                 task,
                 total=progress.total,
                 completed=progress.before + progress.done,
                 rate=f"{rate:,.0f} img/s" if rate >= 10 else f"{rate:.1f} img/s",
-                rest=_rest(progress, time.monotonic() - begun),
+                rest=_rest(progress),
             )
 
         yield report
@@ -88,7 +87,7 @@ class _Lines:
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._begun = self._said = time.monotonic()
+        self._said = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -96,16 +95,16 @@ class _Lines:
         if now - self._said < LINE_SECONDS and at < progress.total:
             return
         self._said = now
-        seconds = max(now - self._begun, 1e-9)
+        seconds = max(progress.seconds, 1e-9)
         rate = progress.done / seconds
         left = f"{(progress.total - at) / rate:,.0f} s left" if at < progress.total and rate else f"{seconds:,.0f} s"
-        rest = _rest(progress, seconds)
+        rest = _rest(progress)
         self._logger.info("%d of %d images, %.1f img/s, %s%s", at, progress.total, rate, left, rest and f", {rest}")
 
 
-def _rest(progress: Progress, seconds: float) -> str:
+def _rest(progress: Progress) -> str:
     """The share of time spent waiting for images, and the images left out, where there are any."""
-    parts = [f"{progress.waited / max(seconds, 1e-9):.0%} waiting for images"]
+    parts = [f"{progress.waited / max(progress.seconds, 1e-9):.0%} waiting for images"]
     if progress.bad:
         parts.append(f"{progress.bad} bad")
     if progress.grey:

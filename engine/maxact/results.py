@@ -33,8 +33,8 @@ class Peaks(NamedTuple):
 
 @dataclass(frozen=True)
 class TapResults:
-    """What one tap gave: `lists` of peaks by score and end, the statistics of its channels, and on how many images
-    a map of it held NaN or infinity (`unfit`).
+    """What one tap gave: `lists` of peaks by score and end, the statistics of its channels, and how many of its maps
+    held NaN or infinity (`unfit`).
 
     `stats` has count, mean, std, min, max and active, each [C].
     """
@@ -87,7 +87,7 @@ def of_partial(catalog: Catalog, tap: Tap, partial: Partial, total: Stats, start
         position = _unravel(top.position[start:stop], tap.map) if score == "max" else None
         lists[score, end] = Peaks(top.image[start:stop], top.values(end)[start:stop], position)
     stats = total.columns(start, stop)
-    return TapResults(catalog, tap, lists, stats.describe(tap.positions), int(stats.unfit.max(initial=0)))
+    return TapResults(catalog, tap, lists, stats.describe(tap.positions), int(stats.unfit.sum()))
 
 
 def _unravel(position: NDArray[np.int32], shape: tuple[int, int]) -> NDArray[np.int32]:

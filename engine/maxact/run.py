@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import logging
 import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
+from numbers import Number
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
-from maxact import taps
-from maxact.catalog import Catalog, Shard, is_dataset
+from maxact import sources, taps
+from maxact.catalog import PATH, Catalog, Shard, is_dataset
 from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score
 from maxact.decode import choose_decoder, native_stderr
-from maxact.errors import MaxactError
+from maxact.errors import MaxactError, UsageError
 from maxact.files import writing
 from maxact.manifest import Manifest
 from maxact.models import Model, Normalised, load_model
@@ -33,6 +38,7 @@ from maxact.schedule import Schedule
 from maxact.store import Store
 
 log = logging.getLogger("maxact")
+_PATHS = 20  # paths of images that a store lists
 _VERSIONED = ("maxact", "torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "zarr", "pillow")
 
 
@@ -47,7 +53,7 @@ class Interrupted(MaxactError):
 @dataclass(frozen=True)
 class Progress:
     """How far a run is: images of the whole catalog, those that were done when the run started, those done in it,
-    bad ones and grey ones among them, and the seconds that it has waited for images."""
+    bad ones and grey ones among them, the seconds that it has waited for images, and those that it has taken."""
 
     total: int
     before: int
@@ -55,6 +61,7 @@ class Progress:
     bad: int = 0
     grey: int = 0
     waited: float = 0.0
+    seconds: float = 0.0
 
     def after(self, tick: Tick) -> Progress:
         """The same one batch later."""
@@ -73,13 +80,13 @@ def scan(
     store: str | os.PathLike[str],
     *,
     weights: str | os.PathLike[str] | None = None,
-    where: Sequence[str] = (),
+    where: str | Sequence[str] = (),
     sample: int | None = None,
     seed: int = 0,
     limit: int | None = None,
-    layers: Sequence[str] = (),
+    layers: str | Sequence[str] = (),
     at: At = "norm",
-    score: Sequence[Score] = ("max",),
+    score: Score | Sequence[Score] = ("max",),
     top: int = 50,
     bottom: int = 0,
     resize: int | None = None,
@@ -108,9 +115,11 @@ def scan(
     """Scans images through a network and keeps, for every channel of every tap, the strongest peaks.
 
     network: a torchvision name, `timm:NAME`, `package.module:callable`, or an nn.Module (`models.load_model`, which
-        also takes weights, resize, crop, mean, std, interpolation, fit and preprocess).
+        also takes weights, resize, crop, mean, std, interpolation, fit and preprocess). It is moved to the device
+        and to the memory format channels_last, and left there: a module of yours too.
     images: a folder, glob, list, tar archives or Parquet files, or a map-style Dataset (`Catalog.build`, which also
-        takes where, sample, seed and limit).
+        takes where, sample, seed and limit). Its `__getitem__`, and a preprocess function, are called from several
+        threads at once.
     store: the folder of the result. Where there is one already, an unfinished scan of the same arguments goes on, a
         finished one is only opened; of other arguments it is refused. `overwrite` starts again.
     layers, at: what is recorded, and where in a layer's chain (`taps.find`).
@@ -131,9 +140,9 @@ def scan(
     arguments that cannot be meant, and MaxactError for all else that the caller can mend.
     """
     wanted = ScanConfig(
-        layers=tuple(layers),
+        layers=_items(layers),
         at=at,
-        scores=tuple(score),
+        scores=cast(tuple[Score, ...], _items(score)),
         top=top,
         bottom=bottom,
         precision=precision,
@@ -159,14 +168,24 @@ def scan(
     target = run.torch_device()
     chosen = choose_decoder(wanted.decoder, model.preprocess, is_dataset(images))
     wanted = replace(wanted, decoder=cast(DecoderName, chosen))
+    if skip_grey and model.preprocess.function:
+        raise UsageError(
+            f"skip_grey: cannot be had with the preprocess function {model.preprocess.function}; leave one out"
+        )
     found = find_taps(model, wanted.layers, wanted.at)
-    selection = {"where": list(where), "sample": sample, "seed": seed, "limit": limit}
+    labels = _items(where)
+    selection = {"where": list(labels), "sample": sample, "seed": seed, "limit": limit}
     catalog = None
     if overwrite or not Store.exists(store):
-        catalog = Catalog.build(images, where=where, sample=sample, seed=seed, limit=limit)
+        catalog = Catalog.build(images, where=labels, sample=sample, seed=seed, limit=limit)
     with Store.lock(store), _log_file(Path(store) / "run" / "log", native_log):
         opened, job = _open(Path(store), model, found, images, selection, catalog, wanted, run, target)
         return _run(opened, job, report)
+
+
+def _items(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Text is one item; what comes twice counts once."""
+    return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
 
 
 def find_taps(model: Model, layers: Sequence[str] = (), at: At = "norm") -> taps.Found:
@@ -254,9 +273,11 @@ def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
         progress = replace(progress, done=done, bad=schedule.bad, grey=schedule.grey)
         return scan_shards(job, shards, schedule.stop, note)
 
+    begun = time.monotonic()
+
     def note(tick: Tick) -> None:
         nonlocal progress
-        progress = progress.after(tick)
+        progress = replace(progress.after(tick), seconds=time.monotonic() - begun)
         schedule.note(tick)
         report(progress)
 
@@ -270,7 +291,7 @@ def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
         schedule.finish()
     for tap in store:
         if unfit := store[tap].unfit:
-            log.warning("%s: maps with NaN or infinity on %d images were left out", tap, unfit)
+            log.warning("%s: %d maps with NaN or infinity were left out", tap, unfit)
     return store
 
 
@@ -333,13 +354,43 @@ def _signals(stop: threading.Event) -> Iterator[list[int]]:
 
 
 def _describe_source(images: object) -> Any:
-    """What a store says of where its images came from: absolute paths, or the kind of Dataset."""
+    """What a store says of where its images came from: absolute paths, a hash of many, or the kind of Dataset."""
     if is_dataset(images):
-        return f"{type(images).__module__}.{type(images).__qualname__} of {len(images)}"  # type: ignore[arg-type]
+        return _describe_dataset(images)
     if isinstance(images, list | tuple):
-        return [_describe_source(image) for image in images]
+        paths = [_describe_source(image) for image in images]
+        return paths if len(paths) <= _PATHS else f"{len(paths)} paths, sha256 {_digest(paths)}"
     path = os.path.abspath(os.fsdecode(images))  # type: ignore[arg-type]
     return path.encode("utf-8", "backslashreplace").decode()
+
+
+def _describe_dataset(dataset: object) -> str:
+    """The kind and length of a Dataset, and a hash of what it says of its items without fetching any."""
+    labels = [label for _, label, *_ in sources.items(dataset)]
+    words = f"{type(dataset).__module__}.{type(dataset).__qualname__} of {len(labels)}"
+    samples = getattr(dataset, "samples", getattr(dataset, "imgs", ()))
+    if not isinstance(samples, list | tuple | np.ndarray):
+        samples = ()
+    if not any(labels) and not len(samples):
+        return words
+    # the hash first: messages show the beginning
+    return f"sha256 {_digest(chain(labels, map(_plain, samples)))}: {words}"
+
+
+def _plain(value: object) -> str:
+    """What is the same in every process of a sample, as a path and a number: an object may show its address."""
+    if isinstance(value, list | tuple):
+        return repr([_plain(part) for part in value])
+    if isinstance(value, PATH):
+        return os.fsdecode(value)
+    return str(value) if isinstance(value, Number) else type(value).__name__
+
+
+def _digest(words: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for word in words:
+        digest.update(word.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _versions(device: torch.device) -> dict[str, str]:

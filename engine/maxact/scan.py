@@ -108,7 +108,6 @@ def _running(job: Job, shards: Iterator[Shard]) -> Iterator[tuple[Iterator[Batch
             shards,
             decoder,
             batch=settings.batch,
-            shape=job.preprocess.shape,
             readers=run.readers,
             skip_grey=settings.skip_grey,
         )
@@ -186,13 +185,15 @@ def kept_memory() -> Iterator[None]:
     """Keeps freed memory in the process while the scan runs, where the C library is glibc.
 
     It hands every large block back to the system, and the next batch's maps meet pages that have to be cleared
-    again: a quarter of a ResNet-18's time on a CPU.
+    again: a quarter of a ResNet-18's time on a CPU. Afterwards all of it goes back, and glibc's first thresholds
+    stand, without their growing by themselves.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         yield
         return
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    if not libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # as much as an older one takes
     libc.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(-1))
     try:
         yield

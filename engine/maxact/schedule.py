@@ -41,6 +41,10 @@ class Schedule:
         # what these gave before stays in the result until they have been scanned again
         self._again = set(self._result.held) if retry_errors and self._result else set()
         self._bad: dict[int, BadImage] = {}
+        if retry_errors and self._result:
+            apart = {bad.image // self._size for bad in self._result.bad} - self._again
+            if apart:
+                log.warning("errors of %d more shards stay: only --overwrite scans those again", len(apart))
         if self._result:
             self._count_bad(bad for bad in self._result.bad if bad.image // self._size not in self._again)
 
@@ -58,12 +62,14 @@ class Schedule:
     @property
     def bad(self) -> int:
         """Bad images in finished shards."""
-        return len(self._result.bad) if self._result else 0
+        bad = self._result.bad if self._result else ()
+        return sum(image.image // self._size not in self._again for image in bad)
 
     @property
     def grey(self) -> int:
         """Images without colour that finished shards left out."""
-        return sum(self._result.grey.values()) if self._result else 0
+        grey = self._result.grey if self._result else {}
+        return sum(count for shard, count in grey.items() if shard not in self._again)
 
     def run(
         self,

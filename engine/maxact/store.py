@@ -6,7 +6,9 @@ last of them, when it is finished; until then the same results are read from the
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import shutil
 import socket
@@ -26,11 +28,12 @@ import zarr
 import zarr.errors
 from numpy.typing import NDArray
 
+from maxact.archives import reading
 from maxact.catalog import Catalog, Changed
 from maxact.config import cores
 from maxact.decode import make_decoder
 from maxact.errors import MaxactError
-from maxact.files import is_aside, replace_file, sync_folder, sync_tree, writing
+from maxact.files import is_aside, replace_file, sync_file, sync_folder, sync_tree, writing
 from maxact.manifest import Manifest, shorten
 from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
@@ -39,7 +42,9 @@ from maxact.results import Peaks, TapResults, of_partial
 from maxact.tap import Tap, columns
 from maxact.topk import List
 
+log = logging.getLogger("maxact")
 _CHUNK = 2 << 20  # bytes that a chunk may have
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # what network file systems without locks say
 _ADVICE = "make room there and run the same again (without --overwrite) to go on"
 _ERRORS = pa.schema([("image", pa.int64()), ("key", pa.string()), ("stage", pa.string()), ("error", pa.string())])
 
@@ -68,7 +73,7 @@ class Store:
                 left.unlink()
             catalog.save(folder / "images.parquet")
             zarr.create_group(folder, attributes={"maxact": manifest.to_json()})
-            sync_folder(folder)
+            _sync_attributes(folder)
         return cls(folder)
 
     @staticmethod
@@ -95,7 +100,8 @@ class Store:
     def lock(path: str | os.PathLike[str]) -> Iterator[None]:
         """Holds the store at `path` for one run. The system lets go when the process ends, however it does.
 
-        Raises MaxactError where another process holds it, and where there is something that is no store.
+        Raises MaxactError where another process holds it, and where there is something that is no store. A file
+        system that has no locks is only warned of.
         """
         _check_place(Path(path))
         folder = Path(path) / "run"
@@ -109,6 +115,10 @@ class Store:
                 handle.seek(0)
                 holder = handle.read().decode().strip() or "another process"
                 raise MaxactError(f"{path}: in use by {holder}; wait for it or stop it first") from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning("%s: cannot be locked here; see to it that no second run uses it", path)
             with writing(path):
                 handle.truncate(0)
                 handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -121,8 +131,8 @@ class Store:
         path = self.path / "run" / f"state-{number}"
         with writing(path, _ADVICE):
             replace_file(path, partial.save)
-        for _, old in states:
-            old.unlink()
+            for _, old in states:
+                old.unlink()
 
     def state(self) -> Partial | None:
         """What the last commit wrote; None before the first."""
@@ -135,7 +145,7 @@ class Store:
 
     def _states(self) -> list[tuple[int, Path]]:
         """The states that are there, by number: one, or two where a commit was cut short before it tidied up."""
-        names = [path for path in (self.path / "run").glob("state-*") if path.name[6:].isdecimal()]
+        names = filter(_is_state, (self.path / "run").glob("state-*"))
         return sorted((int(path.name[6:]), path) for path in names)
 
     def finish(self, partial: Partial) -> None:
@@ -184,7 +194,7 @@ class Store:
         """Changes the manifest, here and on disk, in one write."""
         self.manifest = replace(self.manifest, **changes)
         group.attrs["maxact"] = self.manifest.to_json()
-        sync_folder(self.path)
+        _sync_attributes(self.path)
         self.__dict__.pop("_results", None)
 
     def _write_tap(self, group: zarr.Group, results: TapResults) -> None:
@@ -216,8 +226,7 @@ class Store:
         """Reads one tap: from the arrays of a finished store, from the state of an unfinished one."""
         places = {tap.name: (tap, start, stop) for tap, start, stop in columns(self.manifest.taps)}
         if self.manifest.finished:
-            group = zarr.open_group(self.path, mode="r")
-            return lambda name: self._read_tap(group[name], places[name][0])
+            return lambda name: self._read_tap(places[name][0])
         state = self.state()
         if state is None:
             raise MaxactError(
@@ -226,15 +235,23 @@ class Store:
         stats, ranks = state.total(), self.manifest.settings
         return lambda name: of_partial(self.catalog, places[name][0], state, stats, *places[name][1:]).first(ranks)
 
-    def _read_tap(self, node: Any, tap: Tap) -> TapResults:
+    def _read_tap(self, tap: Tap) -> TapResults:
         lists: dict[List, Peaks] = {}
-        for score, end in self.manifest.lists():
-            place = node[f"{score}/{end}"]
-            lists[score, end] = Peaks(
-                place["image"][:], place["score"][:], place["position"][:] if score == "max" else None
-            )
-        stats = {name: node[f"stats/{name}"][:] for name in node["stats"]}
-        return TapResults(self.catalog, tap, lists, stats, node.attrs["unfit"])
+        try:
+            # the consolidated metadata would make empty arrays of files that are gone
+            group: Any = zarr.open_group(self.path, mode="r", use_consolidated=False)
+            node = group[tap.name]
+            for score, end in self.manifest.lists():
+                place = node[f"{score}/{end}"]
+                lists[score, end] = Peaks(
+                    place["image"][:], place["score"][:], place["position"][:] if score == "max" else None
+                )
+            stats = {name: node[f"stats/{name}"][:] for name in sorted(node["stats"])}
+            return TapResults(self.catalog, tap, lists, stats, node.attrs["unfit"])
+        except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
+            raise MaxactError(
+                f"{self.path}: the tap {tap.name} is missing or damaged; scan again with --overwrite"
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return (tap.name for tap in self.manifest.taps)
@@ -282,9 +299,11 @@ class Store:
         return image
 
     def errors(self) -> pa.Table:
-        """The bad images so far: image, key, stage, error."""
+        """The bad images so far: image, key, stage, error. Raises MaxactError where they cannot be read."""
         if self.manifest.finished:
-            return pq.read_table(pa.OSFile(os.fsencode(self.path / "errors.parquet")))
+            path = os.fsencode(self.path / "errors.parquet")
+            with reading(path):
+                return pq.read_table(pa.OSFile(path))
         state = self.state()
         return _error_table(state.bad if state else ())
 
@@ -321,9 +340,24 @@ def _check_place(folder: Path) -> None:
         Store(folder)
         return
     with writing(folder):
-        others = [item for item in folder.iterdir() if item.name not in ("run", "images.parquet")]
+        run = folder / "run"
+        begun = [*run.iterdir()] if run.is_dir() else []
+        # where nobody has begun a store, images.parquet is a file of the user's
+        ours = {"run", "images.parquet"} if run / "lock" in begun else {"run"}
+        others = [item for item in folder.iterdir() if item.name not in ours]
+        others += [item for item in begun if item.name not in ("lock", "log") and not _is_state(item)]
     if not all(map(is_aside, others)):
         raise MaxactError(f"{folder}: there is something else here; choose another place for the store")
+
+
+def _is_state(path: Path) -> bool:
+    return path.name.startswith("state-") and path.name[6:].isdecimal()
+
+
+def _sync_attributes(folder: Path) -> None:
+    """Zarr does not see to it that what it writes survives a loss of power."""
+    sync_file(folder / "zarr.json")
+    sync_folder(folder)
 
 
 def _error_table(bad: tuple[BadImage, ...]) -> pa.Table:

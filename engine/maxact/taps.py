@@ -23,6 +23,7 @@ from torch import nn
 from maxact.config import At, Precision
 from maxact.errors import MaxactError, UsageError
 from maxact.models import Normalised
+from maxact.preprocess import one_line
 from maxact.tap import Tap, columns
 from maxact.trace import Call, trace
 from maxact_kernels import peaks as kernel
@@ -30,6 +31,8 @@ from maxact_kernels.peaks import Peaks
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 LAYERS = (*CONVOLUTIONS, nn.Linear)
+_NO_MEMORY = "out of memory with batches of {}; start again with a smaller --batch (and --overwrite)"
+_TAKEN = {"run", "pooled"}  # names in a store that are no tap's
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ACTIVATION = re.compile(r"relu|elu|silu|gelu|mish|swish|sigmoid|tanh|softplus|activation", re.IGNORECASE)
 
@@ -56,17 +59,23 @@ def find(network: Normalised, images: torch.Tensor, layers: Sequence[str] = (), 
     layer (`module`), after the normalisation that follows (`norm`), or after the activation (`activation`). The
     chain ends where an output goes to more than one place or to something that is not a module.
 
-    Raises MaxactError for a pattern that matches nothing, a module named exactly that never runs, and an output
-    that is not one tensor whose first axis is the batch.
+    Raises UsageError for a pattern that matches nothing, MaxactError for a network that cannot run on such images, a
+    module named exactly that never runs, and an output that is not one tensor whose first axis is the batch.
     """
     modules = dict(network.network.named_modules())
     chosen, exact = _choose(modules, layers)
-    calls = trace(network.network, lambda: network(images))
+    try:
+        calls = trace(network.network, lambda: network(images))
+    except Exception as error:  # whatever the network's own code may raise
+        shape = " x ".join(map(str, images.shape[1:]))
+        raise MaxactError(f"the network cannot run on images of {shape}: {one_line(error)} (see --crop)") from error
     taps: dict[str, Tap] = {}
     for call in calls:
         if call.path in chosen:
             place = _follow(call, at) if isinstance(call.module, LAYERS) else call
             tap = _describe(call, place, len(images))
+            if tap.name in _TAKEN or "/" in tap.name:
+                raise MaxactError(f"tap {tap.name!r}: cannot bear this name in a store; choose others with --layers")
             taps.setdefault(tap.name, tap)
     ran = {call.path for call in calls}
     idle = tuple(path for path in chosen if path not in ran)
@@ -215,7 +224,8 @@ class Taps:
     def __call__(self, images: torch.Tensor) -> Pending:
         """Runs a batch: `images` as the network takes them, [N, ...], on its device.
 
-        Raises MaxactError where a tap is not reached, because the network's way depends on the images.
+        Raises MaxactError where a tap is not reached, because the network's way depends on the images, and where
+        the memory does not suffice.
         """
         self._calls.clear()
         on_cpu = images.device.type == "cpu"
@@ -224,7 +234,14 @@ class Taps:
             torch.inference_mode(),
             torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32),
         ):
-            self._network(images)
+            try:
+                self._network(images)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise MaxactError(_NO_MEMORY.format(len(images))) from error
+            except RuntimeError as error:
+                if "DefaultCPUAllocator" not in str(error):
+                    raise
+                raise MaxactError(_NO_MEMORY.format(len(images))) from error
         if missed := [tap.name for (path, call), (tap, _) in self._slots.items() if self._calls.get(path, 0) <= call]:
             raise MaxactError(
                 f"tap {missed[0]!r}: was not run by this batch, though it was by others; leave it out with --layers"
@@ -273,6 +290,6 @@ class Taps:
         host = torch.empty(peaks.shape, dtype=torch.float32, pin_memory=True)
         host.copy_(peaks, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        done.record(torch.cuda.current_stream(peaks.device))  # which need not be the current device
         top, position, low, mean, square, active = host.numpy()
         return Pending(Peaks(top, position.view(np.int32), low, mean, square, active.view(np.int32)), done)
