@@ -472,6 +472,19 @@ class Flaky(Pictures):
         return super().__getitem__(index)
 
 
+def test_a_batch_in_which_nothing_can_be_read_is_blank_in_the_right_form(folder: Path, tmp_path: Path) -> None:
+    """Nothing reaches the decoder, and the batch must look like its neighbours all the same."""
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path}\n" for path in [*files(folder)[:8], *[folder / "gone.jpg"] * 4]))
+    for own in (SMALL, Preprocess(function="test_loader:shifted", crop=(20, 24))):
+        batches = load_all(listed, 100, preprocess=own)
+        assert [len(batch.bad) for batch in batches] == [0, 0, 4]
+        assert {(batch.images.shape, batch.images.dtype) for batch in batches} == {
+            (batches[0].images.shape, batches[0].images.dtype)
+        }
+        assert not batches[2].images.any()
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.EIO, "Input/output error"), ConnectionResetError("reset"), TimeoutError("slow")], ids=repr
 )

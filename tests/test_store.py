@@ -463,11 +463,11 @@ def test_a_finished_store_that_is_damaged_says_so(finished: Store, tmp_path: Pat
     assert "\n" not in str(caught.value)
     shutil.rmtree(place / "bn1")
     shutil.rmtree(place / "bn2" / "max" / "top" / "score")
-    for name in ("bn1", "bn2"):
+    (place / "fc" / "max" / "top" / "score" / "c" / "0" / "0").write_bytes(b"half")
+    for name in TAPS:
         with pytest.raises(MaxactError) as caught:
             Store(place)[name]
         assert str(caught.value) == f"{place}: the tap {name} is missing or damaged; scan again with --overwrite"
-    assert Store(place)["fc"].tap.channels == 5
 
 
 def test_a_damaged_state_is_named(unfinished: Store) -> None:

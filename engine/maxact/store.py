@@ -248,7 +248,7 @@ class Store:
                 )
             stats = {name: node[f"stats/{name}"][:] for name in sorted(node["stats"])}
             return TapResults(self.catalog, tap, lists, stats, node.attrs["unfit"])
-        except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, zarr.errors.BaseZarrError) as error:
             raise MaxactError(
                 f"{self.path}: the tap {tap.name} is missing or damaged; scan again with --overwrite"
             ) from error
