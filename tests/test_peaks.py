@@ -98,8 +98,14 @@ def test_a_half_precision_map_is_reduced_in_float32() -> None:
     assert square.item() == pytest.approx(value**2, rel=1e-6)
 
 
-def test_columns_and_rows_are_views() -> None:
-    whole = Peaks.empty(4, 6)
-    whole.max[:] = 0
-    whole.columns(2, 4).rows(1, 3).max[:] = 1
-    assert whole.max.sum() == 4 and whole.max[1:3, 2:4].all()
+def test_only_the_tap_s_own_columns_are_written() -> None:
+    maps = np.random.default_rng(0).standard_normal((4, 9, 5)).astype(np.float32)
+    out = Peaks.empty(6, 11)
+    for array in vars(out).values():
+        array[:] = 77
+    peaks.reduce(maps, True, out.rows(1, 5), 3)
+    np.testing.assert_array_equal(out.max[1:5, 3:8], maps.max(1))
+    np.testing.assert_array_equal(out.position[1:5, 3:8], maps.argmax(1))
+    for array in vars(out).values():
+        array[1:5, 3:8] = 77
+        assert (array == 77).all()

@@ -258,7 +258,7 @@ class Taps:
                 return
             tap, start = self._slots[path, call]
             if self._host is not None:
-                self._reduce(output.float(), tap, self._host.columns(start, start + tap.channels))
+                self._reduce(output.float(), tap, self._host, start)
             else:
                 maps = output.movedim(tap.axis, 1).flatten(2) if output.ndim > 2 else output.unsqueeze(2)
                 # one tensor, the integers as their bits, so that all of it leaves the device in one copy
@@ -266,8 +266,8 @@ class Taps:
 
         return record
 
-    def _reduce(self, output: torch.Tensor, tap: Tap, out: Peaks) -> None:
-        """The peaks of one tap's float32 output on the CPU, into `out` [N, C]."""
+    def _reduce(self, output: torch.Tensor, tap: Tap, out: Peaks, column: int) -> None:
+        """The peaks of one tap's float32 output on the CPU, into the columns of `out` from `column` on."""
         if output.ndim == 4 and tap.axis == 1 and output.is_contiguous(memory_format=torch.channels_last):
             output, last = output.permute(0, 2, 3, 1), True  # [N, H, W, C], the same memory
         else:
@@ -277,9 +277,10 @@ class Taps:
         edges = np.linspace(0, len(maps), self._threads + 1).astype(int).tolist()
         parts = list(pairwise(edges))
         others = [
-            self._pool.submit(kernel.reduce, maps[start:stop], last, out.rows(start, stop)) for start, stop in parts[1:]
+            self._pool.submit(kernel.reduce, maps[start:stop], last, out.rows(start, stop), column)
+            for start, stop in parts[1:]
         ]
-        kernel.reduce(maps[: parts[0][1]], last, out.rows(*parts[0]))
+        kernel.reduce(maps[: parts[0][1]], last, out.rows(*parts[0]), column)
         for other in others:
             other.result()
 

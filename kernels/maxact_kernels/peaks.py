@@ -1,6 +1,6 @@
 """Maximum, position, minimum, mean, mean square and active positions of every map, in one read of the map.
 
-The same six numbers three ways: `reference` in plain torch (any device, any precision, the definition),
+The same six numbers two ways: `reference` in plain torch (any device, any precision, the definition),
 `reduce` on numba kernels for float32 maps on the CPU. A map is the values of one channel on one image over its P
 positions, numbered row by row. A map that holds NaN or infinity has maximum, minimum, mean and square NaN,
 position -1 and no active positions.
@@ -17,8 +17,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 # The channels_last kernel takes this many positions at a time, so that the running values of a channel stay in
-# registers between them; squares and sums are float32 inside a block and float64 across blocks.
+# registers between them, and remembers the block of a maximum first, its place in the block at the end.
 _BLOCK = 8
+# Sums and sums of squares are float32 over this many positions and float64 beyond.
+_FLUSH = 64
 # The channels_first kernel runs this many interleaved lanes along the positions.
 _LANES = 16
 
@@ -70,22 +72,19 @@ def reference(maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
 
 
-def reduce(maps: NDArray[np.float32], channels_last: bool, out: Peaks) -> None:
-    """The peaks of maps [N, P, C] (`channels_last`) or [N, C, P], C-contiguous, into `out` [N, C]. Holds no GIL."""
+def reduce(maps: NDArray[np.float32], channels_last: bool, out: Peaks, column: int = 0) -> None:
+    """The peaks of maps [N, P, C] (`channels_last`) or [N, C, P] into C columns of `out` from `column` on.
+
+    All arrays are C-contiguous: what is written through a strided view is not vectorised. Holds no GIL.
+    """
     kernel: Any = _channels_last if channels_last else _channels_first
-    kernel(maps, out.max, out.position, out.min, out.mean, out.square, out.active)
+    kernel(maps, column, out.max, out.position, out.min, out.mean, out.square, out.active)
 
 
-@njit(nogil=True, cache=True, inline="always")
-def _finite(best: float, least: float, squares: float) -> bool:
-    """Whether a map held only finite values: comparisons pass over NaN, but a sum of squares is NaN exactly if one
-    of its terms is."""
-    return np.isfinite(best) and np.isfinite(least) and not np.isnan(squares)
-
-
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, fastmath={"contract"})
 def _channels_last(
     maps: NDArray[np.float32],
+    column: int,
     top: NDArray[np.float32],
     position: NDArray[np.int32],
     low: NDArray[np.float32],
@@ -94,34 +93,51 @@ def _channels_last(
     active: NDArray[np.int32],
 ) -> None:
     images, positions, channels = maps.shape
-    # the running values of one image: contiguous, as the results need not be, or nothing is vectorised
+    # the running values of one image
     best = np.empty(channels, np.float32)
     at = np.empty(channels, np.int32)
     least = np.empty(channels, np.float32)
     count = np.empty(channels, np.int32)
     total = np.empty(channels, np.float64)
     squares = np.empty(channels, np.float64)
+    some = np.empty(channels, np.float32)
+    some_squares = np.empty(channels, np.float32)
     whole = positions - positions % _BLOCK
     for n in range(images):
-        for c in range(channels):
-            best[c], at[c], least[c], count[c] = -np.inf, 0, np.inf, 0
-            total[c] = squares[c] = 0.0
+        best[:], least[:], at[:], count[:] = -np.inf, np.inf, 0, 0
+        total[:], squares[:], some[:], some_squares[:] = 0, 0, 0, 0
         for start in range(0, whole, _BLOCK):
             block = maps[n, start : start + _BLOCK]
             for c in range(channels):  # vectorised; the loop inside is unrolled
-                b, p, m, k = best[c], at[c], least[c], count[c]
+                b = block[0, c]
+                m, k = least[c], count[c]
                 s = q = np.float32(0)
                 for i in range(_BLOCK):
                     x = block[i, c]
-                    p = np.int32(start + i) if x > b else p
                     b = x if x > b else b
                     m = x if x < m else m
                     k += np.int32(x > 0)
                     s += x
                     q += x * x
-                best[c], at[c], least[c], count[c] = b, p, m, k
-                total[c] += s
-                squares[c] += q
+                at[c] = np.int32(start) if b > best[c] else at[c]
+                best[c] = b if b > best[c] else best[c]
+                least[c], count[c] = m, k
+                some[c] += s
+                some_squares[c] += q
+            if start % _FLUSH == _FLUSH - _BLOCK:
+                for c in range(channels):
+                    total[c] += some[c]
+                    squares[c] += some_squares[c]
+                    some[c] = some_squares[c] = 0
+        for c in range(channels):
+            total[c] += some[c]
+            squares[c] += some_squares[c]
+        if whole:
+            for c in range(channels):  # so far `at` is where the block begins that holds the maximum
+                first = p = at[c]
+                for i in range(_BLOCK - 1, -1, -1):  # down, so that the lowest position stays
+                    p = first + np.int32(i) if maps[n, first + i, c] == best[c] else p
+                at[c] = p
         for i in range(whole, positions):
             for c in range(channels):
                 x = maps[n, i, c]
@@ -131,18 +147,22 @@ def _channels_last(
                 count[c] += np.int32(x > 0)
                 total[c] += x
                 squares[c] += x * x
+        share = 1.0 / positions
         for c in range(channels):
-            if _finite(best[c], least[c], squares[c]):
-                top[n, c], position[n, c], low[n, c], active[n, c] = best[c], at[c], least[c], count[c]
-                mean[n, c], square[n, c] = total[c] / positions, squares[c] / positions
-            else:
-                top[n, c] = low[n, c] = mean[n, c] = square[n, c] = np.nan
-                position[n, c], active[n, c] = -1, 0
+            # comparisons pass over NaN, but a sum of squares is NaN exactly if one of its terms is
+            fit = (best[c] < np.inf) & (least[c] > -np.inf) & (squares[c] == squares[c])
+            top[n, column + c] = best[c] if fit else np.nan
+            position[n, column + c] = at[c] if fit else np.int32(-1)
+            low[n, column + c] = least[c] if fit else np.nan
+            mean[n, column + c] = total[c] * share if fit else np.nan
+            square[n, column + c] = squares[c] * share if fit else np.nan
+            active[n, column + c] = count[c] if fit else np.int32(0)
 
 
 @njit(nogil=True, cache=True)
 def _channels_first(
     maps: NDArray[np.float32],
+    column: int,
     top: NDArray[np.float32],
     position: NDArray[np.int32],
     low: NDArray[np.float32],
@@ -188,9 +208,10 @@ def _channels_first(
                 count[0] += count[i]
                 total[0] += total[i]
                 squares[0] += squares[i]
-            if _finite(best[0], least[0], squares[0]):
-                top[n, c], position[n, c], low[n, c], active[n, c] = best[0], at[0], least[0], count[0]
-                mean[n, c], square[n, c] = total[0] / positions, squares[0] / positions
-            else:
-                top[n, c] = low[n, c] = mean[n, c] = square[n, c] = np.nan
-                position[n, c], active[n, c] = -1, 0
+            fit = np.isfinite(best[0]) and np.isfinite(least[0]) and not np.isnan(squares[0])
+            top[n, column + c] = best[0] if fit else np.nan
+            position[n, column + c] = at[0] if fit else -1
+            low[n, column + c] = least[0] if fit else np.nan
+            mean[n, column + c] = total[0] / positions if fit else np.nan
+            square[n, column + c] = squares[0] / positions if fit else np.nan
+            active[n, column + c] = count[0] if fit else 0
