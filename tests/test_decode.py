@@ -522,3 +522,15 @@ def test_dalis_messages() -> None:
     assert _meaning(RuntimeError("")) == "RuntimeError"
     with pytest.raises(MaxactError, match=re.escape("dali failed (CUDA runtime API error")):
         _raise_if_fatal(RuntimeError(message.format("CUDA runtime API error cudaErrorMemoryAllocation (2):")))
+
+
+@both
+def test_a_picture_without_pixels_costs_only_itself(name: str) -> None:
+    """A PNG whose header says 0 x 0; DALI's peek reports it without a word."""
+    header = struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    files = [*jpegs()[:2], b"\x89PNG\r\n\x1a\n" + chunk]
+    decoder = make_decoder(name, Preprocess(), batch=3, threads=1)
+    decoded = decode(decoder, files)
+    decoder.close()
+    assert set(decoded.errors) == {2} and not decoded.images[2].any() and decoded.images[:2].any()

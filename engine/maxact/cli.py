@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `maxact info ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # standard output on a full disk, say
+        print(f"maxact: {error}", file=sys.stderr)
+        return 1
 
 
 def _scan(model: str, images: list[str], store: str, quiet: bool, **settings: Any) -> int:

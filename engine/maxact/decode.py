@@ -13,7 +13,9 @@ import faulthandler
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -74,7 +76,18 @@ def make_decoder(
         return TorchvisionDecoder(settings)
     from maxact.decode_dali import DaliDecoder
 
-    return DaliDecoder(settings)
+    if settings.device.type != "cpu" or sys.platform != "linux":
+        return DaliDecoder(settings)
+    with ThreadPoolExecutor(1, initializer=_give_way) as thread:
+        return thread.submit(DaliDecoder, settings).result()
+
+
+def _give_way() -> None:
+    """Lets this thread, and those that it starts, give way to the others of the process.
+
+    On a CPU the network's threads want every core at once and wait for the slowest; decoding fills what they leave.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
 
 
 @contextmanager

@@ -67,6 +67,8 @@ class Settings:
     def place(self, height: int, width: int) -> Placement:
         """Where a picture of this size goes. Raises Refused where it is too large."""
         pixels = height * width
+        if not pixels:
+            raise Refused(f"{width} x {height} pixels: there is no picture")
         if pixels > self.max_pixels:
             raise Refused(f"{width} x {height} pixels ({_mega(pixels)}), {self._limit}")
         placement = self.preprocess.placement(height, width)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from maxact.errors import MaxactError
 from maxact.files import replace_file, writing
 from maxact.results import TapResults
 from maxact.store import Store
@@ -36,6 +37,7 @@ def export(store: Store | str | os.PathLike[str], out: str | os.PathLike[str]) -
 
     Sorted by tap (by name), channel, score, end and rank, and the file says so; one row group per tap, which is all
     that is in memory at a time. The file is there whole or not at all. An unfinished store gives its last commit.
+    Raises MaxactError where the file cannot be written.
     """
     store = store if isinstance(store, Store) else Store(store)
     order = [pq.SortingColumn(SCHEMA.get_field_index(name)) for name in _SORTED_BY]
@@ -52,6 +54,8 @@ def export(store: Store | str | os.PathLike[str], out: str | os.PathLike[str]) -
                 writer.write_table(table, row_group_size=max(1, len(table)))
                 rows += len(table)
 
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise MaxactError(f"{out}: is not a file; name the Parquet file to write")
     with writing(out):
         replace_file(Path(out), write)
     return rows

@@ -31,7 +31,7 @@ class Peaks(NamedTuple):
         return Peaks(self.image[:, :k], self.score[:, :k], position)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TapResults:
     """What one tap gave: `lists` of peaks by score and end, the statistics of its channels, and how many of its maps
     held NaN or infinity (`unfit`).
@@ -44,6 +44,10 @@ class TapResults:
     lists: dict[List, Peaks]
     stats: dict[str, NDArray[Any]]
     unfit: int
+
+    def __repr__(self) -> str:
+        lists = ", ".join(map("/".join, self.lists))
+        return f"<maxact.TapResults {self.tap.name!r}: {self.tap.kind}, {self.tap.channels} channels, {lists}>"
 
     @property
     def dead(self) -> NDArray[np.bool_]:

@@ -174,7 +174,7 @@ def scan(
         )
     found = find_taps(model, wanted.layers, wanted.at)
     labels = _items(where)
-    selection = {"where": list(labels), "sample": sample, "seed": seed, "limit": limit}
+    selection = {"where": list(labels), "sample": sample, "seed": seed if sample is not None else 0, "limit": limit}
     catalog = None
     if overwrite or not Store.exists(store):
         catalog = Catalog.build(images, where=labels, sample=sample, seed=seed, limit=limit)
@@ -289,6 +289,10 @@ def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
             message = f"stopped by {name}: {done}; run the same again (without --overwrite) to go on"
             raise Interrupted(caught[0], message)
         schedule.finish()
+    if not (store.manifest.summary or {})["scanned"]:
+        first = store.errors().slice(0, 1).to_pylist()
+        reason = f" ({first[0]['key']}: {first[0]['error']})" if first else ""
+        raise MaxactError(f"{store.path}: not one of the {progress.total} images could be used{reason}")
     for tap in store:
         if unfit := store[tap].unfit:
             log.warning("%s: %d maps with NaN or infinity were left out", tap, unfit)

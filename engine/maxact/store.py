@@ -253,6 +253,10 @@ class Store:
                 f"{self.path}: the tap {tap.name} is missing or damaged; scan again with --overwrite"
             ) from error
 
+    def __repr__(self) -> str:
+        state = "finished" if self.manifest.finished else "unfinished"
+        return f"<maxact.Store {str(self.path)!r}: {self.manifest.model['name']}, {len(self)} taps, {state}>"
+
     def __iter__(self) -> Iterator[str]:
         return (tap.name for tap in self.manifest.taps)
 
