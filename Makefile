@@ -38,9 +38,12 @@ format: $(READY)  ## bring the code into shape
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+bench: export PYTHONPATH := bench
 bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
 	$(PYTHON) bench/scan.py --images "$(IMAGES)"
 	$(PYTHON) bench/heaps.py
+	$(PYTHON) bench/deconv.py --images "$(IMAGES)"
+	$(PYTHON) bench/gallery.py
 	$(PYTHON) bench/decode.py --images "$(IMAGES)"
 	$(PYTHON) bench/memory.py --images "$(IMAGES)"
 	$(PYTHON) bench/catalog.py

@@ -1,7 +1,9 @@
-"""Peak memory of a scan: beside the bare network and the loader, and as the number of images grows.
+"""Memory of a scan: its peak beside the bare network and the loader, and how it grows with the number of images.
 
-Each measurement is a process of its own, whose peak resident memory the system reports. The network is small and
-the pictures are few and repeated, so that 100,000 images take minutes.
+Each measurement is a process of its own, which looks up its resident memory as it goes and its peak at the end. The
+pictures are few and repeated; for a crop of less than 224 pixels they are small copies, so that 100,000 images take
+a minute. Growth is given in bytes an image, from a fifth of the images on: until then buffers find their sizes. What
+is there before the first image belongs to the catalog, whose bytes an image are given by themselves.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from common import arguments, finish, photographs
 from maxact.catalog import Catalog
@@ -22,27 +27,57 @@ from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import make_decoder
 from maxact.loader import load
 from maxact.models import load_model
+from maxact.numerics import kept_memory, numerics
 from maxact.run import find_taps
-from maxact.scan import Job, kept_memory, numerics, scan
+from maxact.scan import Job, scan
 
 
-def peak() -> float:
-    """Peak resident memory of this process in MB; getrusage's would begin with the parent's."""
+POINTS = 10  # so often a run looks its memory up
+
+
+def resident(field: str = "VmRSS") -> float:
+    """Resident memory of this process in MB, or its peak ("VmHWM"); getrusage's would begin with the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def one(what: str, model_name: str, paths: str, images: int, crop: int) -> None:
-    """Runs one thing in this process and prints its peak."""
+@dataclass(frozen=True)
+class Memory:
+    """Of one process, in MB: what the catalog took, after each tenth of the images, and the peak."""
+
+    catalog: float
+    trajectory: list[float]
+    peak: float
+
+    def growth(self, images: int) -> float:
+        """Bytes an image, from a fifth of the images to the end."""
+        settled = self.trajectory[POINTS // 5 - 1 :]
+        return (settled[-1] - settled[0]) * 2**20 / (images * (1 - 1 / 5))
+
+
+def one(what: str, model_name: str, paths: str, images: int, crop: int) -> Memory:
+    """Runs one thing in this process."""
     model = load_model(model_name, weights="none", crop=crop, resize=crop + crop // 8)
     device = torch.device("cpu")
     settings = ScanConfig(shard=1024).resolve(device)
     assert settings.batch and settings.shard
+    before = resident()
     catalog = Catalog.build(paths, limit=images)
+    taken = resident() - before
+    trajectory: list[float] = []
+    seen = 0
+
+    def through(count: int) -> None:
+        nonlocal seen
+        seen += count
+        while len(trajectory) < POINTS and seen * POINTS >= images * (len(trajectory) + 1):
+            trajectory.append(resident())
+
     if what == "scan":
         job = Job(model.network, model.preprocess, find_taps(model).taps, catalog, settings, RunConfig("cpu"), device)
         result = None
-        for partial in scan(job, iter(catalog.shards(settings.shard)), threading.Event(), lambda tick: None):
+        shards = iter(catalog.shards(settings.shard))
+        for partial in scan(job, shards, threading.Event(), lambda tick: through(tick.images), job.tally):
             result = partial if result is None else result.merge(partial)
     else:  # the network and the loader, and nothing else
         decoder = make_decoder("auto", model.preprocess, batch=settings.batch, threads=cores())
@@ -57,8 +92,19 @@ def one(what: str, model_name: str, paths: str, images: int, crop: int) -> None:
         with numerics(cores()), kept_memory(), torch.inference_mode():
             for batch in batches:
                 network(batch.images.permute(0, 3, 1, 2).float())
+                through(batch.present)
         decoder.close()
-    print(json.dumps(peak()))
+    return Memory(taken, trajectory, resident("VmHWM"))
+
+
+def copies(sources: Sequence[Path], folder: Path, side: int) -> list[Path]:
+    """Small copies of photographs, as JPEG."""
+    made = []
+    for index, source in enumerate(sources):
+        made.append(folder / f"{index}.jpg")
+        with Image.open(source) as picture:
+            picture.convert("RGB").resize((side, side)).save(made[-1], quality=90)
+    return made
 
 
 def main() -> None:
@@ -68,26 +114,37 @@ def main() -> None:
     )
     if args.child:
         what, name, crop, count, paths = args.child.split(",")
-        one(what, name, paths, int(count), int(crop))
+        print(json.dumps(asdict(one(what, name, paths, int(count), int(crop)))))
         return
     sources = sorted(path.resolve() for path in photographs(args.images).rglob("*") if path.is_file())
-    rows = []
+    rows: list[tuple[object, ...]] = []
+    details = {}
     with tempfile.TemporaryDirectory() as folder:
         for item in args.runs.split(","):
             name, crop, count = item.split(":")
+            small = int(crop) < 224
+            pictures = copies(sources, Path(folder), int(crop) + int(crop) // 8) if small else sources
             paths = Path(folder) / "paths.txt"
-            many = islice(sources * (int(count) // len(sources) + 1), int(count))
+            many = islice(pictures * (int(count) // len(pictures) + 1), int(count))
             paths.write_text("".join(f"{path}\n" for path in many))
-            peaks = {}
-            for what in ("bare", "scan"):
-                child = f"{what},{name},{crop},{count},{paths}"
-                run = subprocess.run(
-                    [sys.executable, __file__, "--child", child], check=True, capture_output=True, text=True
-                )
-                peaks[what] = float(run.stdout.splitlines()[-1])
-            rows.append((name, int(crop), int(count), peaks["bare"], peaks["scan"], peaks["scan"] - peaks["bare"]))
-    columns = ("network", "crop", "images", "network and loader MB", "scan MB", "difference MB")
-    finish("memory", columns, rows, {}, args.json)
+            bare, whole = (measure(f"{what},{name},{crop},{count},{paths}") for what in ("bare", "scan"))
+            details[item] = {"bare": asdict(bare), "scan": asdict(whole)}
+            figures = (bare.peak, whole.peak, whole.peak - bare.peak, whole.catalog * 2**20 / int(count))
+            growth = (bare.growth(int(count)), whole.growth(int(count)))
+            rows.append((name, int(crop), int(count), *figures, *growth))
+            for what, memory in (("network and loader", bare), ("scan", whole)):
+                print(f"{item} {what}, MB after each tenth:", *(f"{value:.0f}" for value in memory.trajectory))
+    columns = (
+        *("network", "crop", "images", "network and loader MB", "scan MB", "difference MB", "catalog bytes an image"),
+        *("growth of network and loader, bytes an image", "growth of the scan, bytes an image"),
+    )
+    finish("memory", columns, rows, {"MB": details}, args.json)
+
+
+def measure(child: str) -> Memory:
+    """Runs `one` in a process of its own."""
+    run = subprocess.run([sys.executable, __file__, "--child", child], check=True, capture_output=True, text=True)
+    return Memory(**json.loads(run.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":

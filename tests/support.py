@@ -256,7 +256,7 @@ def scan_all(
     shards: list[Shard] = job.catalog.shards(job.settings.shard)
     chosen: Iterator[Shard] = iter(shards if order is None else [shards[index] for index in order])
     ticks: list[Tick] = []
-    partials = list(scan(job, chosen, threading.Event(), ticks.append))
+    partials = list(scan(job, chosen, threading.Event(), ticks.append, job.tally))
     return Scanned(reduce(Partial.merge, partials), job.taps, ticks)
 
 

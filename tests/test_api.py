@@ -51,8 +51,8 @@ class Pictures(Dataset[Any]):
 
 
 def seen(network: Watched, count: int) -> Iterator[torch.Tensor]:
-    """The images of the scan: the last calls, in batches of two."""
-    batches = network.seen[-((count + 1) // 2) :]
+    """The images of the scan, in batches of two: the last calls, but for the one that finds the fields."""
+    batches = network.seen[-((count + 1) // 2) - 1 : -1]
     yield from torch.cat(batches)[:count]
 
 

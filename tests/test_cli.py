@@ -171,9 +171,11 @@ def test_layers(run: Run) -> None:
     *table, last = done.out.splitlines()
     assert last == "21 taps, 5,800 channels; weights none (random); input 224 x 224"
     rows = [re.split(r"[\s│]+", line.strip("│ ")) for line in table if "│" in line]
-    assert ["bn1", "conv1", "Conv2d", "64", "112", "x", "112"] in rows
-    assert ["layer2.0.downsample.1", "layer2.0.downsample.0", "Conv2d", "128", "28", "x", "28"] in rows
-    assert ["fc", "fc", "Linear", "1,000", "1", "x", "1"] in rows
+    assert ["bn1", "conv1", "Conv2d", "64", "112", "x", "112", "7", "x", "7", "2", "x", "2"] in rows
+    # the fields of the two ways to a downsample: 11 by the pool, and it sees every other unit of that
+    down = ["layer2.0.downsample.1", "layer2.0.downsample.0", "Conv2d", "128", "28", "x", "28"]
+    assert [*down, "43", "x", "43", "8", "x", "8"] in rows
+    assert ["fc", "fc", "Linear", "1,000", "1", "x", "1", "whole", "input"] in rows
     some = run("layers", "resnet18", "--weights", "none", "--layers", "layer4.*.conv?", "--at", "module", "--crop", 64)
     assert some.out.splitlines()[-1] == "4 taps, 2,048 channels; weights none (random); input 64 x 64"
 
@@ -199,17 +201,19 @@ def test_demo(run: Run, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(demo, "PHOTOGRAPHS", ("chelsea.png",))
     monkeypatch.setattr(demo, "_PARTS", (1,))
+    monkeypatch.setattr(demo, "MOSAICS", ("1",))
     monkeypatch.setattr(demo, "network", network)
     done = run("demo", "out", "--quiet")
     assert done.code == 0, done.err
     row = next(line for line in done.out.splitlines() if "chelsea/" in line)
     assert "Conv2d" in row and "nan" not in row
-    assert names(inside / "out") == {"tiles", "demo.zarr", "sheet.png"}
-    (inside / "out" / "sheet.png").unlink()
-    (inside / "out" / "sheet.png").mkdir()
+    assert names(inside / "out") == {"tiles", "demo.zarr", "gallery", "mosaic"}
+    drawn = sorted((inside / "out" / "mosaic").iterdir())[0]
+    drawn.unlink()
+    drawn.mkdir()
     again = run("demo", "out", "--quiet")
-    assert (again.code, again.out) == (1, "")
-    assert again.err.startswith("maxact: out/sheet.png: cannot be written (Is a directory)")
+    assert again.code == 1
+    assert again.err.splitlines()[-1].startswith("maxact: out/mosaic: cannot be written (Is a directory)")
 
 
 # Mistakes

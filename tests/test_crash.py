@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from maxact import schedule
 from maxact.errors import MaxactError
+from maxact.field import Field
+from maxact.fields import of_taps
 from maxact.info import describe
 from maxact.store import Store
 from stores import ARGUMENTS, Child, command, contents, die_at, scan, wait_for
@@ -113,13 +116,17 @@ def test_killed_at_every_step(whole: Store, images: Path, tmp_path: Path, step: 
 def almost(whole: Store, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store in which every shard is done, and that is not finished."""
 
-    def cut(self: schedule.Schedule) -> None:
+    def cut(self: Store, *results: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(schedule.Schedule, "finish", cut)
+        patch.setattr(Store, "finish", cut)
         scan(images, tmp_path / "almost")
     return tmp_path / "almost"
+
+
+def fields_of(store: Store) -> dict[str, Field]:
+    return of_taps(tiny.network().eval(), store.manifest.taps, (tiny.SIDE, tiny.SIDE))
 
 
 def finish(store: Path, dies_at: int) -> int:
@@ -128,7 +135,7 @@ def finish(store: Path, dies_at: int) -> int:
     state = opened.state()
     assert state is not None
     die_at(dies_at)
-    opened.finish(state)
+    opened.finish(state, fields_of(opened))
     return 0
 
 
@@ -144,7 +151,7 @@ def test_killed_while_it_finishes(almost: Path, whole: Store, tmp_path: Path) ->
         assert repr(opened["bn2"].lists) == repr(whole["bn2"].lists)
         state = opened.state()
         assert state is not None  # it has bad images, which can be scanned again
-        opened.finish(state)
+        opened.finish(state, fields_of(opened))
         assert_same(store, whole)
         shutil.rmtree(store)
         if code == 0:

@@ -1,5 +1,7 @@
 """The peak kernels against plain numpy."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +111,17 @@ def test_only_the_tap_s_own_columns_are_written() -> None:
     for array in vars(out).values():
         array[1:5, 3:8] = 77
         assert (array == 77).all()
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_threads_that_share_the_images_give_what_one_gives(channels_last: bool) -> None:
+    maps = np.random.default_rng(0).standard_normal((200, 33, 50)).astype(np.float32)
+    alone = by_kernel(maps, channels_last)
+    laid = np.ascontiguousarray(maps.transpose(0, 2, 1)) if channels_last else maps
+    shared, turn = Peaks.empty(200, 33), np.zeros(1, np.int64)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(peaks.reduce, laid, channels_last, shared, 0, turn) for _ in range(4)]:
+            done.result()
+    assert turn[0] == 200 + 4  # every image was taken once, and every thread found none left once
+    for name, array in vars(shared).items():
+        np.testing.assert_array_equal(array, getattr(alone, name), err_msg=name)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from maxact import progress
+from maxact.process import Progress
 from maxact.progress import display, print_table
-from maxact.run import Progress
 from stores import ARGUMENTS, command
 
 log = logging.getLogger("maxact")

@@ -23,9 +23,10 @@ from torch.utils.data import Dataset
 
 import maxact
 import tiny
-from maxact import loader, schedule
+from maxact import fetch, schedule
 from maxact.errors import MaxactError, UsageError
-from maxact.run import Interrupted, Progress, find_taps
+from maxact.process import Interrupted, Progress
+from maxact.run import find_taps
 from maxact.store import Store
 from stores import contents, names, scan
 from support import photograph
@@ -39,7 +40,7 @@ def commit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that cannot be read are tried again at once."""
-    monkeypatch.setattr(loader._again, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetch._again, "sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="module")

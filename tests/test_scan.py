@@ -26,9 +26,10 @@ import maxact
 from maxact.catalog import Catalog
 from maxact.config import ScanConfig
 from maxact.demo import network as lite0
-from maxact.loader import Unreadable
+from maxact.fetch import Unreadable
+from maxact.numerics import numerics
 from maxact.preprocess import Preprocess
-from maxact.scan import Tick, numerics, scan
+from maxact.scan import Tick, scan
 from support import (
     SIDE,
     THREADS,
@@ -529,7 +530,7 @@ def test_a_stop_gives_what_is_finished(shard: int, finished: list[int], photos: 
         if len(ticks) == 3:
             stop.set()
 
-    partials = list(scan(job, iter(job.catalog.shards(shard)), stop, report))
+    partials = list(scan(job, iter(job.catalog.shards(shard)), stop, report, job.tally))
     assert [sorted(partial.shards) for partial in partials] == [[index] for index in finished]
     assert len(ticks) == 3
 
@@ -554,7 +555,7 @@ def test_what_is_finished_is_given_before_the_unreadable_ends_it(start: int) -> 
     job = make_job(Small(), Catalog.build(Gone(start)), shard=8)
     given = []
     with pytest.raises(Unreadable, match="gone"):
-        for partial in scan(job, iter(job.catalog.shards(8)), threading.Event(), lambda tick: None):
+        for partial in scan(job, iter(job.catalog.shards(8)), threading.Event(), lambda tick: None, job.tally):
             given += sorted(partial.shards)
     assert given == list(range(start // 8))
 
@@ -564,7 +565,7 @@ def test_leaving_the_loop_leaves_nothing_behind(photos: Path) -> None:
     job = make_job(Small(), Catalog.build(photos), shard=4, threads=1)
     shards = job.catalog.shards(4)
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    running = scan(job, iter(shards), threading.Event(), lambda tick: None)
+    running = scan(job, iter(shards), threading.Event(), lambda tick: None, job.tally)
     next(running)
     assert torch.get_num_threads() == 1
     running.close()  # type: ignore[attr-defined]
@@ -575,7 +576,7 @@ def test_leaving_the_loop_leaves_nothing_behind(photos: Path) -> None:
         raise RuntimeError("the caller's own")
 
     with pytest.raises(RuntimeError, match="the caller's own"):
-        list(scan(job, iter(shards), threading.Event(), fail))
+        list(scan(job, iter(shards), threading.Event(), fail, job.tally))
     assert not any(module._forward_hooks for module in job.network.modules())
     for thread in threading.enumerate():
         if thread.name.startswith(("maxact", "decode")):

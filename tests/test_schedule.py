@@ -17,7 +17,7 @@ from maxact import schedule
 from maxact.catalog import Catalog, Shard
 from maxact.config import ScanConfig
 from maxact.errors import MaxactError
-from maxact.loader import Unreadable
+from maxact.fetch import Unreadable
 from maxact.manifest import Manifest
 from maxact.partial import BadImage, Partial, Tally
 from maxact.scan import Tick
@@ -82,7 +82,7 @@ def test_all_shards_once_and_in_order(store: Store) -> None:
     assert [shard.index for shard in plan.left] == [0, 1, 2, 3, 4]
     plan.run(giving(seen=seen))
     assert seen == [0, 1, 2, 3, 4] and plan.left == [] and plan.images_done == IMAGES
-    plan.finish()
+    store.finish(plan.result)
     assert lists(store) == [[17, 16, 15], [0, 1, 2]]
 
 
@@ -101,7 +101,7 @@ def test_what_is_committed_is_not_scanned_again(store: Store) -> None:
     assert plan.images_done == 8
     plan.run(giving(seen=seen))
     assert seen == [1, 3, 4]
-    plan.finish()
+    store.finish(plan.result)
     assert lists(store) == [[17, 16, 15], [0, 1, 2]]
 
 
@@ -214,7 +214,7 @@ def test_too_many_bad_images_stop_it(store: Store) -> None:
     assert state is not None and state.shards == {0, 1} and [image.image for image in state.bad] == [1, 5, 6]
     again = Schedule(store, allowed_bad=5)
     again.run(ticking(again, bad))
-    again.finish()
+    store.finish(again.result)
     assert store.errors()["image"].to_pylist() == [1, 5, 6, 9, 10]
     assert store.manifest.summary == {"images": 18, "scanned": 13, "bad": 5, "grey": 0}
 
@@ -257,7 +257,7 @@ def test_reading_errors_wait_for_the_end_of_their_shard(store: Store) -> None:
 def with_errors(store: Store, bad: Iterable[BadImage]) -> None:
     plan = Schedule(store)
     plan.run(giving(bad))
-    plan.finish()
+    store.finish(plan.result)
     assert any((store.path / "run").glob("state-*"))
 
 
@@ -269,7 +269,7 @@ def test_errors_that_have_gone(store: Store) -> None:
     assert plan.images_done == 8 and plan.bad == 0
     plan.run(giving([bad_image(5)], seen))
     assert seen == [0, 1, 4] and plan.bad == 1
-    plan.finish()
+    store.finish(plan.result)
     assert lists(store) == [[17, 16, 15], [0, 1, 2]]
     assert store.errors()["image"].to_pylist() == [5]
     assert store.state() is not None  # for the next time
@@ -277,7 +277,7 @@ def test_errors_that_have_gone(store: Store) -> None:
     last = Schedule(store, retry_errors=True)
     assert [shard.index for shard in last.left] == [1]
     last.run(giving())
-    last.finish()
+    store.finish(last.result)
     assert store.errors().num_rows == 0 and store.state() is None
 
 
@@ -285,12 +285,12 @@ def test_the_statistics_are_those_of_an_undisturbed_run(store: Store, tmp_path: 
     other = Store.create(tmp_path / "other", store.manifest, store.catalog)
     plan = Schedule(other)
     plan.run(giving())
-    plan.finish()
+    other.finish(plan.result)
     with_errors(store, [bad_image(2), bad_image(9)])
     store.reopen()
     again = Schedule(store, retry_errors=True)
     again.run(giving())
-    again.finish()
+    store.finish(again.result)
     for name, values in other["conv"].stats.items():
         assert values.tobytes() == store["conv"].stats[name].tobytes()
 
@@ -308,7 +308,7 @@ def test_until_it_is_scanned_again_a_shard_keeps_what_it_gave(store: Store) -> N
         Schedule(store, retry_errors=True).run(cut)
     plan = Schedule(store)
     assert plan.left == [] and plan.bad == 1
-    plan.finish()
+    store.finish(plan.result)
     assert lists(store) == [[16, 15, 14], [0, 1, 2]]
     assert store.errors()["image"].to_pylist() == [17]
 
@@ -320,7 +320,7 @@ def test_a_shard_that_became_worse_stays_as_it_was(store: Store, caplog: pytest.
     store.reopen()
     plan = Schedule(store, retry_errors=True)
     plan.run(giving([bad_image(17, "read")]))
-    plan.finish()
+    store.finish(plan.result)
     assert lists(store) == before == [[17, 15, 14], [0, 1, 2]]
     assert store.errors()["image"].to_pylist() == [16]
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [

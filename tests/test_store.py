@@ -21,9 +21,12 @@ import zarr
 from torch import nn
 
 import maxact
+import tiny
+from maxact.arrays import write_array
 from maxact.errors import MaxactError
-from maxact.schedule import Schedule
-from maxact.store import Store, _write
+from maxact.field import Field
+from maxact.fields import of_taps
+from maxact.store import Store
 from stores import contents, names, scan
 from support import pixels
 from tiny import SIDE, Tiny
@@ -32,6 +35,11 @@ TAPS = {
     "bn1": (6, [32, 32], "conv1", "Conv2d"),
     "bn2": (7, [16, 16], "conv2", "Conv2d"),
     "fc": (5, [1, 1], "fc", "Linear"),
+}
+FIELDS = {  # size, start, stride, by hand: 3 x 3, then another at every second place, then all of these
+    "bn1": {"size": [3, 3], "start": [-1, -1], "stride": [1, 1]},
+    "bn2": {"size": [5, 5], "start": [-2, -2], "stride": [2, 2]},
+    "fc": {"size": [35, 35], "start": [-2, -2], "stride": [32, 32]},
 }
 STATS = {"count": "int64"} | dict.fromkeys(("mean", "std", "min", "max", "active"), "float32")
 
@@ -59,8 +67,11 @@ def facts(array: zarr.Array[Any]) -> tuple[Any, ...]:
 
 def test_the_schema_is_the_design_s(finished: Store) -> None:
     wanted = {}
-    for tap, (channels, *_) in TAPS.items():
+    for tap, (channels, shape, *_) in TAPS.items():
         lists: dict[str, tuple[Any, ...]] = {}
+        for name, length in zip(("rows", "cols"), shape, strict=True):
+            interval = ((length, 2), "int32", -1, (f"unit_{name}", "edge"))
+            lists |= {f"field/{name}": interval, f"field/local_{name}": interval}
         for score in ("max", "mean"):
             lists |= expected(score, "top", 5, channels) | expected(score, "bottom", 3, channels)
         for name, kind in STATS.items():
@@ -76,13 +87,15 @@ def test_attributes(finished: Store, photos: Path) -> None:
     group = zarr.open_group(finished.path, mode="r")
     for tap, (channels, shape, layer, kind) in TAPS.items():
         attributes = {"kind": kind, "layer": layer, "channels": channels, "map": shape, "unfit": 0}
+        attributes |= {"field": FIELDS[tap], "global": tap == "fc"}
         assert dict(group[tap].attrs) == attributes
     said = group.attrs["maxact"]
     assert isinstance(said, dict)
     assert set(said) == {
-        *("format", "finished", "model", "preprocessing", "images", "settings", "taps", "versions", "summary")
+        *("format", "finished", "model", "preprocessing", "images", "settings", "taps", "versions"),
+        *("summary", "projected"),
     }
-    assert (said["format"], said["finished"]) == (1, True)
+    assert (said["format"], said["finished"], said["projected"]) == (1, True, None)
     assert said["summary"] == {"images": 21, "scanned": 21, "bad": 0, "grey": 0}
     assert said["model"]["name"] == "tiny:network"
     assert len(said["model"]["sha256"]) == 64
@@ -155,7 +168,7 @@ def test_a_16_bit_scan_keeps_candidates(halves: Store) -> None:
             wanted |= expected(score, end, k, 7)
             candidates = expected(score, f"{end}/candidates", k + 32, 7, "candidate")
             wanted |= candidates
-    assert repr(sorted((n, f) for n, f in found.items() if "stats" not in n)) == repr(
+    assert repr(sorted((n, f) for n, f in found.items() if not n.startswith(("bn2/stats", "bn2/field")))) == repr(
         sorted((f"bn2/{name}", value) for name, value in wanted.items())
     )
     for place, k in (("max/top", 5), ("mean/bottom", 2)):
@@ -204,7 +217,7 @@ def test_chunks_are_whole_channels_of_bounded_size(
     shape: tuple[int, ...], kind: type, chunk: int, tmp_path: Path
 ) -> None:
     group = zarr.create_group(tmp_path / "x")
-    _write(group, "a/b", np.ones(shape, kind), ("channel", "rank", "axis")[: len(shape)], -1)
+    write_array(group, "a/b", np.ones(shape, kind), ("channel", "rank", "axis")[: len(shape)], -1)
     array = group["a/b"]
     assert isinstance(array, zarr.Array)
     assert array.chunks == (chunk, *shape[1:])
@@ -496,14 +509,18 @@ def test_a_state_is_read_while_others_are_written(unfinished: Store) -> None:
         writer.join()
 
 
+def fields_of(store: Store) -> dict[str, Field]:
+    return of_taps(tiny.network().eval(), store.manifest.taps, (SIDE, SIDE))
+
+
 def test_a_state_gives_what_the_arrays_will(
     finished: Store, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut(self: Schedule) -> None:
+    def cut(self: Store, *results: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Schedule, "finish", cut)
+        patch.setattr(Store, "finish", cut)
         scan(photos, tmp_path / "x", score=("max", "mean"), bottom=3)
     store = Store(tmp_path / "x")
     state = store.state()
@@ -515,7 +532,7 @@ def test_a_state_gives_what_the_arrays_will(
         assert ours.top(2).equals(theirs.top(2))
     assert store.errors().num_rows == 0
     for _ in range(2):  # it can be done again
-        store.finish(state)
+        store.finish(state, fields_of(store))
         assert contents(store.path) == contents(finished.path)
         assert names(store.path / "run") == {"lock", "log"}
 
@@ -551,10 +568,10 @@ def test_pixels_that_are_gone(photos: Path, tmp_path: Path) -> None:
     store = scan(tmp_path / "photos", tmp_path / "x", limit=3)
     path = finished_path(store, 1)
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(MaxactError, match=r"x: an image cannot be read any more \(changed: .* bytes, but had"):
+    with pytest.raises(MaxactError, match=r"x: .* cannot be read any more \(changed: .* bytes, but had"):
         store.pixels([0, 1])
     path.unlink()
-    with pytest.raises(MaxactError, match=r"x: an image cannot be read any more \(.*No such file"):
+    with pytest.raises(MaxactError, match=r"x: .* cannot be read any more \(.*No such file"):
         store.input(1)
     with pytest.raises(IndexError):
         store.pixels([3])

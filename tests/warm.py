@@ -13,9 +13,11 @@ import maxact.export
 import maxact.info
 import maxact.progress
 import maxact.run
+import maxact.run_project
 import tiny
 from maxact.catalog import Shard
 from maxact.partial import Partial, Tally
+from maxact_kernels.boxes import smallest_boxes
 from maxact_kernels.peaks import Peaks, reduce
 
 __all__ = ["maxact", "pandas", "tiny"]
@@ -25,6 +27,7 @@ peaks = Peaks.empty(2, 3)
 for channels_last in (True, False):  # the kernels are loaded from their cache by the first call
     shape = (2, 9, 3) if channels_last else (2, 3, 9)
     reduce(np.zeros(shape, np.float32), channels_last, peaks)
+smallest_boxes(np.ones((1, 2, 3), np.float32), 0.95)
 partials = []
 for index in range(2):
     tally = Tally(Shard(index, 2 * index, 2 * index + 2), 3, {("max", "top"): 2})

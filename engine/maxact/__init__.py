@@ -21,10 +21,14 @@ from maxact.errors import MaxactError, UsageError
 if TYPE_CHECKING:
     from maxact.catalog import Catalog
     from maxact.export import export
+    from maxact.fields import fields
+    from maxact.process import Interrupted, Progress
     from maxact.results import TapResults
-    from maxact.run import Interrupted, Progress, scan
+    from maxact.run import scan
+    from maxact.run_project import project
     from maxact.store import Store
     from maxact.store import Store as open
+    from maxact.winners import Winners
 
 __all__ = [
     "Catalog",
@@ -34,18 +38,24 @@ __all__ = [
     "Store",
     "TapResults",
     "UsageError",
+    "Winners",
     "export",
+    "fields",
     "open",
+    "project",
     "scan",
 ]
 
 _HOMES = {
     "Catalog": "catalog",
-    "Interrupted": "run",
-    "Progress": "run",
+    "Interrupted": "process",
+    "Progress": "process",
     "Store": "store",
     "TapResults": "results",
+    "Winners": "winners",
     "export": "export",
+    "fields": "fields",
+    "project": "run_project",
     "scan": "run",
 }
 

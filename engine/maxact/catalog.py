@@ -163,6 +163,12 @@ class Catalog:
         """IndexError: there is no such image."""
         return self.entries(number, number + 1)[0]
 
+    def take(self, numbers: Sequence[int] | np.ndarray) -> "Catalog":
+        """A catalog of some of the images, numbered anew in the order of `numbers`."""
+        table = self.table.take(pa.array(numbers, pa.int64()))
+        table = table.set_column(0, "image", pa.array(np.arange(len(table))))
+        return Catalog(table, self.dataset)
+
     def shards(self, size: int) -> list[Shard]:
         """All images in contiguous ranges of `size`, the last one shorter. ValueError: the size is below 1."""
         if size < 1:

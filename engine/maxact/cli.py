@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NoReturn
 
+from maxact import commands
 from maxact.environment import prepare
 from maxact.errors import MaxactError
 
@@ -49,109 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _scan(model: str, images: list[str], store: str, quiet: bool, **settings: Any) -> int:
-    from maxact.progress import display
-    from maxact.run import scan
-
-    for name in ("layers", "where", "score"):
-        settings[name] = settings[name] or (["max"] if name == "score" else [])
-    with display(quiet) as report:
-        source = images[0] if len(images) == 1 else images
-        done = scan(model, source, store, report=report, native_log=True, **settings)
-    if not quiet:
-        print(f"{store}: {_summary(done)} (`maxact info {store}` says more)")
-    return 0
-
-
-def _layers(model: str, layers: list[str] | None, at: Any, **loading: Any) -> int:
-    from maxact.models import load_model
-    from maxact.progress import print_table
-    from maxact.run import find_taps
-
-    loaded = load_model(model, **loading)
-    found = find_taps(loaded, layers or (), at)
-    rows = [(tap.name, tap.layer, tap.kind, tap.channels, f"{tap.map[0]} x {tap.map[1]}") for tap in found.taps]
-    print_table(("tap", "layer", "kind", "channels", "map"), rows)
-    height, width = loaded.preprocess.crop
-    print(f"{len(found.taps)} taps, {found.channels:,} channels; weights {loaded.weights}; input {height} x {width}")
-    if found.idle:
-        print(f"never run by the network: {', '.join(found.idle)}")
-    return 0
-
-
-def _info(store: str, as_json: bool) -> int:
-    from maxact.info import describe
-    from maxact.progress import print_table
-    from maxact.store import Store
-
-    facts = describe(Store(store))
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    for name, value in facts.items():
-        if name not in ("taps", "errors"):
-            print(f"{name:14} {value if isinstance(value, str) else json.dumps(value)}")
-    if facts["taps"]:
-        print()
-        print_table(tuple(facts["taps"][0]), [tuple(tap.values()) for tap in facts["taps"]])
-    if facts["errors"]:
-        print()
-        print_table(tuple(facts["errors"][0]), [tuple(bad.values()) for bad in facts["errors"][:20]], "bad images")
-        if len(facts["errors"]) > 20:
-            print(f"and {len(facts['errors']) - 20} more, in errors.parquet")
-    return 0
-
-
-def _export(store: str, out: str) -> int:
-    from maxact.export import export
-
-    print(f"{out}: {export(store, out):,} rows")
-    return 0
-
-
-def _demo(out: str, quiet: bool, overwrite: bool) -> int:
-    import numpy as np
-
-    from maxact import demo, run
-    from maxact.files import writing
-    from maxact.progress import display, print_table
-    from maxact.render.sheet import contact_sheet, telling_channels
-
-    folder = Path(out)
-    with display(quiet) as report:
-        count = demo.write_tiles(folder / "tiles")
-        store = run.scan(
-            "maxact.demo:network",
-            folder / "tiles",
-            folder / "demo.zarr",
-            overwrite=overwrite,
-            report=report,
-            native_log=True,
-        )
-    sheet = contact_sheet(store, telling_channels(store))
-    with writing(folder / "sheet.png"):
-        sheet.save(folder / "sheet.png")
-    rows = []
-    for name in store:
-        results = store[name]
-        strongest = int(np.nan_to_num(results.stats["max"], nan=-np.inf).argmax())
-        best = results.top(strongest).slice(0, 1).to_pylist()[0]
-        alive = results.tap.channels - int(results.dead.sum())
-        rows.append((name, results.tap.kind, results.tap.channels, alive, best["score"], best["key"]))
-    print_table(("tap", "kind", "channels", "alive", "highest", "in"), rows)
-    print(f"scanned {count:,} tiles of photographs through EfficientNet-lite0")
-    print(f"  the strongest tiles of some channels: {folder / 'sheet.png'}")
-    print(f"  the store: {folder / 'demo.zarr'} (look inside with `maxact info {folder / 'demo.zarr'}`)")
-    return 0
-
-
-def _summary(store: Any) -> str:
-    facts = store.manifest.summary
-    left_out = "".join(f", {facts[name]:,} {name}" for name in ("bad", "grey") if facts[name])
-    channels = sum(tap.channels for tap in store.manifest.taps)
-    return f"{facts['scanned']:,} of {facts['images']:,} images{left_out}; {len(store)} taps, {channels:,} channels"
-
-
 def _size(text: str) -> int | tuple[int, int]:
     sides = text.lower().split("x")
     try:
@@ -174,14 +70,20 @@ def _parser() -> argparse.ArgumentParser:
         description="For every channel of every layer of a convolutional network, the images that activate it most.",
     )
     parser.add_argument("--version", action="version", version=f"maxact {version('maxact')}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    layers = commands.add_parser("layers", help="every tap of a network: name, kind, channels, map")
+    layers = subcommands.add_parser("layers", help="every tap of a network: name, kind, channels, map, field, stride")
     layers.add_argument("model", metavar="MODEL", help=_MODEL)
     _add_network(layers)
-    layers.set_defaults(command=_layers)
+    drawing = layers.add_argument_group("drawing")
+    drawing.add_argument(
+        "--draw", metavar="TAP", help="draw the field of the unit in the middle of a tap's map instead"
+    )
+    drawing.add_argument("--image", metavar="FILE", help="on this picture")
+    drawing.add_argument("--out", metavar="FILE", default="field.png", help="the drawing (field.png)")
+    layers.set_defaults(command=commands.layers)
 
-    scan = commands.add_parser(
+    scan = subcommands.add_parser(
         "scan",
         help="first pass: find the strongest images of every channel",
         description="The same command again goes on with an unfinished store, or says that it is done.",
@@ -194,24 +96,60 @@ def _parser() -> argparse.ArgumentParser:
     _add_pixels(scan)
     _add_lists(scan)
     _add_running(scan)
-    scan.set_defaults(command=_scan)
+    scan.set_defaults(command=commands.scan)
 
-    export = commands.add_parser("export", help="a store as one Parquet file")
+    project = subcommands.add_parser(
+        "project",
+        help="second pass: what in the images drove each winner",
+        description="The same command again goes on where it was stopped; other layers and channels are added.",
+    )
+    project.add_argument("store", metavar="STORE", help="a finished scan")
+    _add_projection(project)
+    project.set_defaults(command=commands.project)
+
+    _add_render(subcommands)
+    export = subcommands.add_parser("export", help="a store as one Parquet file")
     export.add_argument("store", metavar="STORE")
     export.add_argument("out", metavar="OUT", help="the Parquet file")
-    export.set_defaults(command=_export)
+    export.set_defaults(command=commands.export)
 
-    info = commands.add_parser("info", help="what is in a store, how it was made, what went wrong")
+    info = subcommands.add_parser("info", help="what is in a store, how it was made, what went wrong")
     info.add_argument("store", metavar="STORE")
     info.add_argument("--json", action="store_true", dest="as_json", help="as JSON, with everything")
-    info.set_defaults(command=_info)
+    info.set_defaults(command=commands.info)
 
-    demo = commands.add_parser("demo", help="all of it on an embedded network and embedded photographs")
+    demo = subcommands.add_parser("demo", help="all of it on an embedded network and embedded photographs")
     demo.add_argument("out", metavar="OUT", nargs="?", default="demo", help="the folder of the result (demo)")
     demo.add_argument("--overwrite", action="store_true", help="start again")
     demo.add_argument("--quiet", action="store_true", help="no display, warnings only")
-    demo.set_defaults(command=_demo)
+    demo.set_defaults(command=commands.demo)
     return parser
+
+
+def _add_render(subcommands: Any) -> None:
+    render = subcommands.add_parser(
+        "render",
+        help="what people look at: a gallery site, mosaics, filters",
+        description="Without --mosaic or --filters: a site for any browser, which needs no network and no server.",
+    )
+    render.add_argument("store", metavar="STORE", help="a projected store")
+    render.add_argument("out", metavar="OUT", help="the folder of the result")
+    which = render.add_argument_group("which channels")
+    which.add_argument("--layers", action="append", metavar="GLOB", help="taps, globs too (may repeat; all)")
+    which.add_argument("--channels", metavar="LIST", help="channels of each tap, as 0-63,171 (all that are projected)")
+    which.add_argument("--label-names", metavar="FILE", help="what labels mean: LABEL WORDS in lines, CSV, or JSON")
+    pictures = render.add_argument_group("pictures instead of the site")
+    pictures.add_argument(
+        "--mosaic", action="store_true", help="sheets of crops and of projections, with few channels a figure of each"
+    )
+    pictures.add_argument("--filters", action="store_true", help="the first layer's kernels")
+    pictures.add_argument("--layout", choices=("square", "rows"), default="square", help="of a channel's winners")
+    pictures.add_argument("--across", type=int, metavar="N", help="the N strongest winners of a whole tap instead")
+    pictures.add_argument("--format", choices=("png", "pdf"), default="png")
+    pictures.add_argument("--method", choices=("deconvnet", "guided", "gradient"), help="which projections (the first)")
+    pictures.add_argument("--weights", metavar="W", help="for --filters, where the scanned weights are now")
+    render.add_argument("--quiet", action="store_true", help="no display, warnings only")
+    render.set_defaults(command=commands.render)
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -277,6 +215,43 @@ def _add_lists(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--top", type=int, default=50, metavar="K", help="strongest images per channel (50)")
     group.add_argument("--bottom", type=int, default=0, metavar="K", help="weakest images per channel (0)")
+
+
+def _add_projection(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_argument_group("which winners")
+    which.add_argument("--layers", action="append", metavar="GLOB", help="taps, globs too (may repeat; all)")
+    which.add_argument("--channels", metavar="LIST", help="channels of each tap, as 0-63,171 (all)")
+    which.add_argument("--ranks", type=int, default=9, metavar="N", help="winners of every list (9)")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--method",
+        action="append",
+        choices=("deconvnet", "guided", "gradient"),
+        help="how the signal goes back (may repeat; deconvnet)",
+    )
+    how.add_argument("--seed", choices=("one", "activation"), default="one", help="what the signal starts with (one)")
+    how.add_argument(
+        "--crop",
+        choices=("auto", "field", "focus"),
+        default="auto",
+        help="what to cut out: the field, a square around what the projection shows, or the field unless it covers "
+        "over half of the input (auto)",
+    )
+    how.add_argument("--max-size", type=int, default=128, metavar="N", help="pixels of a crop's longer side (128)")
+    how.add_argument(
+        "--no-settle",
+        action="store_false",
+        dest="settle",
+        help="after a 16-bit scan, keep its order instead of settling the shown ranks in float32",
+    )
+    how.add_argument("--weights", metavar="W", help="where the scanned weights are now, if not where they were")
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
+    running.add_argument("--batch", type=int, metavar="N", help="images that the network runs on at once")
+    running.add_argument("--threads", type=int, metavar="N", help="of the network on a CPU (every core)")
+    running.add_argument("--readers", type=int, default=16, metavar="N", help="threads that read files (16)")
+    running.add_argument("--overwrite", action="store_true", help="delete what was projected and start again")
+    running.add_argument("--quiet", action="store_true", help="no display, warnings only")
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:

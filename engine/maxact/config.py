@@ -18,6 +18,9 @@ Precision = Literal["fp32", "fp16", "bf16"]
 At = Literal["norm", "module", "activation"]
 Score = Literal["max", "mean"]
 DecoderName = Literal["auto", "dali", "torchvision"]
+Method = Literal["deconvnet", "guided", "gradient"]
+Seed = Literal["one", "activation"]
+Crop = Literal["auto", "field", "focus"]
 
 SHARD = 4096  # images in a shard, rounded up to a whole number of batches
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, or max, in a period of so many
@@ -103,6 +106,31 @@ class ScanConfig:
         """What `to_json` gave, also after a round through JSON."""
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**(values | lists))
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    """The settings of a second pass, saved in its store; what it made is only ever added to with the same ones."""
+
+    ranks: int = 9
+    methods: tuple[Method, ...] = ("deconvnet",)
+    seed: Seed = "one"
+    crop: Crop = "auto"
+    max_size: int = 128
+    settle: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value that cannot be."""
+        _check(self.ranks >= 1, "ranks", "at least 1", self.ranks)
+        known = get_args(Method)
+        _check(bool(self.methods) and set(self.methods) <= set(known), "methods", " or ".join(known), self.methods)
+        _check(self.seed in get_args(Seed), "seed", "one or activation", self.seed)
+        _check(self.crop in get_args(Crop), "crop", "auto, field or focus", self.crop)
+        _check(8 <= self.max_size <= 1024, "max_size", "8 to 1024 pixels", self.max_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

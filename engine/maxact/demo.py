@@ -7,13 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from maxact.config import Method
 from maxact.errors import MaxactError
 from maxact.files import writing
 from maxact.preprocess import Preprocess
+from maxact.store import Store
 
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
@@ -22,6 +25,10 @@ PHOTOGRAPHS = (
 _PARTS = (1, 2, 3, 4)  # tiles as high as the short side of the photograph, half of it, a third, a quarter
 _OVERLAP = 0.5
 _TILE = 224  # pixels of a tile as it is written
+
+METHODS: tuple[Method, ...] = ("guided", "deconvnet")
+MOSAICS = ("_blocks.3._bn2", "_blocks.8._bn0", "_blocks.15._bn2")  # taps at some depths
+_EACH = 4  # channels of each tap that are projected
 
 log = logging.getLogger("maxact")
 
@@ -55,6 +62,20 @@ def write_tiles(folder: Path) -> int:
         with writing(folder):
             count += _write_tiles(photograph, folder / Path(name).stem)
     return count
+
+
+def telling_channels(store: Store) -> dict[str, list[int]]:
+    """Of every tap the channels that stand out most, by how many standard deviations their nine strongest peaks lie
+    above their mean; dead ones last."""
+    chosen = {}
+    shown = min(9, (store.manifest.summary or {})["scanned"])
+    for name in store:
+        results = store[name]
+        stats, score = results.stats, results.lists["max", "top"].score
+        spread = (score[:, :shown].mean(1) - stats["mean"]) / np.where(stats["std"] > 0, stats["std"], np.inf)
+        spread = np.where(results.dead | np.isnan(spread), -np.inf, spread)
+        chosen[name] = np.argsort(-spread, kind="stable")[:_EACH].tolist()
+    return chosen
 
 
 def _write_tiles(photograph: Image.Image, place: Path) -> int:

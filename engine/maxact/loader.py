@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import tenacity
 import torch
 from numpy.typing import NDArray
 
 from maxact.catalog import Catalog, Entry, Shard
 from maxact.decode import Decoder
 from maxact.errors import MaxactError
+from maxact.fetch import FEW, Unreadable, failure, fetch, was_missing
 from maxact.partial import BadImage
 
 # A picture whose colour channels nowhere differ by more than this many levels of 255 counts as grey: JPEG's
 # rounding alone makes a few levels.
 GREY_LEVELS = 8
-_FEW = 2  # so many that cannot be read are bad files, however small the shard
-# A read that fails is tried again after these pauses, about 3 s in all: long enough for a server to come back to a
-# mount, short enough for the few files that are really gone.
-_again = tenacity.Retrying(
-    retry=tenacity.retry_if_exception_type(OSError),
-    wait=tenacity.wait_exponential(multiplier=0.2),
-    stop=tenacity.stop_after_attempt(5),
-    reraise=True,
-)
-
-
-class Unreadable(MaxactError):
-    """More than a tenth of a shard, and more than a few, cannot be read: the storage is gone, not some files."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,7 @@ def load(
         while True:
             while len(reading) < ahead and (planned := next(plan, None)):
                 shard, entries = planned
-                files = [pool.submit(_read, catalog, entry) for entry in entries]
+                files = [pool.submit(fetch, catalog, entry) for entry in entries]
                 reading.append(_Slot(shard, entries, files))
             # wait for a file only when there is nothing decoded to wait for
             while reading and len(decoding) < decoder.depth and (not decoding or _is_read(reading[0])):
@@ -118,25 +104,6 @@ def _plan(catalog: Catalog, shards: Iterator[Shard], batch: int) -> Iterator[tup
             yield shard, catalog.entries(start, min(start + batch, shard.stop))
 
 
-def _read(catalog: Catalog, entry: Entry) -> object:
-    try:
-        return catalog.read(entry)
-    except OSError as error:
-        if _was_missing(entry) or _is_damage(error):
-            raise
-        return _again(catalog.read, entry)
-
-
-def _was_missing(entry: Entry) -> bool:
-    """Whether the file was already missing when the catalog was made."""
-    return entry.length == 0 and entry.modified == 0
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether a Dataset's picture is damaged: PIL says so in an OSError that has no number."""
-    return isinstance(error, OSError) and error.errno is None and not isinstance(error, ConnectionError | TimeoutError)
-
-
 def _is_read(slot: _Slot) -> bool:
     return all(file.done() for file in slot.files)
 
@@ -151,27 +118,20 @@ def _start(slot: _Slot, decoder: Decoder) -> None:
         except MaxactError:
             raise
         except Exception as error:  # whatever a file system or a user's Dataset may raise is that image's error
-            stage = "decode" if _is_damage(error) else "read"
-            slot.bad.append(BadImage(entry.number, entry.key, stage, _reason(error)))
+            slot.bad.append(failure(entry, error))
     slot.files.clear()
     if files:
         decoder.submit(files)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _check_readable(slot: _Slot, unread: dict[int, int]) -> None:
     """Raises Unreadable once too many images of a shard that were there once cannot be read."""
-    missing = {entry.number for entry in slot.entries if _was_missing(entry)}
+    missing = {entry.number for entry in slot.entries if was_missing(entry)}
     unread_now = [bad for bad in slot.bad if bad.stage == "read" and not bad.error.startswith("changed")]
     failed = [bad for bad in unread_now if bad.image not in missing]
     shard = slot.shard
     unread[shard.index] = unread.get(shard.index, 0) + len(failed)
-    if unread[shard.index] > max(_FEW, (shard.stop - shard.start) // 10):
+    if unread[shard.index] > max(FEW, (shard.stop - shard.start) // 10):
         raise Unreadable(
             f"{unread[shard.index]} of the {shard.stop - shard.start} images from {slot.entries[0].key} on cannot be "
             f"read, the last of them {failed[-1].key}: {failed[-1].error}; "

@@ -19,7 +19,8 @@ class Manifest:
     """How a store was made; its group's attribute `maxact`.
 
     `images` holds what the catalog was made from, `settings` the ScanConfig, both as plain values. The other
-    dictionaries are as `models` and `scan` write them. `summary` is filled in when the pass has finished.
+    dictionaries are as `models` and `scan` write them. `summary` is filled in when the scan has finished, `projected`
+    (the settings of the second pass) when that has.
     """
 
     model: dict[str, Any]
@@ -31,6 +32,7 @@ class Manifest:
     format: int = FORMAT
     finished: bool = False
     summary: dict[str, Any] | None = None
+    projected: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

@@ -58,13 +58,17 @@ class Normalised(nn.Module):
         self.train(network.training)
 
     def forward(self, images: torch.Tensor) -> Any:
+        return self.network(self.normalise(images))
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """What the network gets of uint8 images [N, H, W, 3]; float ones as they are."""
         if images.dtype == torch.uint8:
             # rows of W * 3 values instead of an innermost axis of 3, which no CPU vectorises: ten times faster
             n, height, width, _ = images.shape
             rows = images.reshape(n, height, width * 3).to(torch.float32)
             rows = torch.addcmul(self.shift.repeat(width), rows, self.scale.repeat(width))
             images = rows.view(n, height, width, 3).permute(0, 3, 1, 2)  # [N, 3, H, W], channels_last
-        return self.network(images)
+        return images
 
 
 def load_model(

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from maxact.run import Progress
+from maxact.process import Progress
 
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
@@ -50,6 +50,16 @@ def display(quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
         logger.setLevel(level)
 
 
+def counting(report: Callable[[Progress], None], stage: str, unit: str) -> Callable[[int, int], None]:
+    """A report of done and total, for work that knows no more of itself."""
+    begun = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        report(Progress(total, 0, done, seconds=time.monotonic() - begun, stage=stage, unit=unit))
+
+    return tell
+
+
 class _Plain(logging.Handler):
     """Prints messages to what is standard error at the time: a run may put another one there."""
 
@@ -60,6 +70,7 @@ class _Plain(logging.Handler):
 @contextmanager
 def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
     columns = (
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
@@ -67,15 +78,19 @@ def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
         TextColumn("{task.fields[rest]}"),
     )
     with Bar(*columns, console=console) as bar:
-        task = bar.add_task("scan", total=None, rate="starting", rest="", start=True)
+        task = bar.add_task("starting", total=None, rate="", rest="", start=True)
+        stage = None
 
         def report(progress: Progress) -> None:
-            rate = progress.done / max(progress.seconds, 1e-9)
+            nonlocal stage
+            if progress.stage != stage:
+                stage = progress.stage
+                bar.reset(task, description=stage)
             bar.update(
                 task,
                 total=progress.total,
                 completed=progress.before + progress.done,
-                rate=f"{rate:,.0f} img/s" if rate >= 10 else f"{rate:.1f} img/s",
+                rate=_rate(progress),
                 rest=_rest(progress),
             )
 
@@ -98,13 +113,21 @@ class _Lines:
         seconds = max(progress.seconds, 1e-9)
         rate = progress.done / seconds
         left = f"{(progress.total - at) / rate:,.0f} s left" if at < progress.total and rate else f"{seconds:,.0f} s"
-        rest = _rest(progress)
-        self._logger.info("%d of %d images, %.1f img/s, %s%s", at, progress.total, rate, left, rest and f", {rest}")
+        words = [f"{progress.stage} {at} of {progress.total} {progress.unit}", _rate(progress), left, _rest(progress)]
+        self._logger.info("%s", ", ".join(filter(None, words)))
+
+
+def _rate(progress: Progress) -> str:
+    rate = progress.done / max(progress.seconds, 1e-9)
+    unit = {"images": "img"}.get(progress.unit, progress.unit)
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
 
 
 def _rest(progress: Progress) -> str:
     """The share of time spent waiting for images, and the images left out, where there are any."""
-    parts = [f"{progress.waited / max(progress.seconds, 1e-9):.0%} waiting for images"]
+    parts = []
+    if progress.stage == "scanning":
+        parts.append(f"{progress.waited / max(progress.seconds, 1e-9):.0%} waiting for images")
     if progress.bad:
         parts.append(f"{progress.bad} bad")
     if progress.grey:

@@ -2,76 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import logging
 import os
-import platform
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from itertools import chain
-from numbers import Number
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
-from maxact import sources, taps
-from maxact.catalog import PATH, Catalog, Shard, is_dataset
+from maxact import taps
+from maxact.catalog import Catalog, Shard, is_dataset
 from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score
-from maxact.decode import choose_decoder, native_stderr
+from maxact.decode import choose_decoder
 from maxact.errors import MaxactError, UsageError
-from maxact.files import writing
+from maxact.fields import of_taps
 from maxact.manifest import Manifest
 from maxact.models import Model, Normalised, load_model
 from maxact.partial import Partial
+from maxact.process import Interrupted, Progress, log_file, signals
+from maxact.provenance import describe_source, versions
 from maxact.scan import Job, Tick
 from maxact.scan import scan as scan_shards
 from maxact.schedule import Schedule
 from maxact.store import Store
 
 log = logging.getLogger("maxact")
-_PATHS = 20  # paths of images that a store lists
-_VERSIONED = ("maxact", "torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "zarr", "pillow")
-
-
-class Interrupted(MaxactError):
-    """The run was stopped by a signal, after a commit."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: images of the whole catalog, those that were done when the run started, those done in it,
-    bad ones and grey ones among them, the seconds that it has waited for images, and those that it has taken."""
-
-    total: int
-    before: int
-    done: int = 0
-    bad: int = 0
-    grey: int = 0
-    waited: float = 0.0
-    seconds: float = 0.0
-
-    def after(self, tick: Tick) -> Progress:
-        """The same one batch later."""
-        return replace(
-            self,
-            done=self.done + tick.images,
-            bad=self.bad + len(tick.bad),
-            grey=self.grey + tick.grey,
-            waited=self.waited + tick.waited,
-        )
 
 
 def scan(
@@ -178,7 +137,7 @@ def scan(
     catalog = None
     if overwrite or not Store.exists(store):
         catalog = Catalog.build(images, where=labels, sample=sample, seed=seed, limit=limit)
-    with Store.lock(store), _log_file(Path(store) / "run" / "log", native_log):
+    with Store.lock(store), log_file(Path(store) / "run" / "log", native_log):
         opened, job = _open(Path(store), model, found, images, selection, catalog, wanted, run, target)
         return _run(opened, job, report)
 
@@ -226,10 +185,10 @@ def _open(
     manifest = Manifest(
         model={"name": model.name, "weights": model.weights, "sha256": model.sha256},
         preprocessing=model.preprocess.to_json(),
-        images={"source": _describe_source(images), **selection, "count": count},
+        images={"source": describe_source(images), **selection, "count": count},
         settings=settings.to_json(),
         taps=found.taps,
-        versions=_versions(device),
+        versions=versions(device),
     )
     if fresh:
         assert catalog is not None
@@ -254,11 +213,11 @@ def _open(
 
 def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
     """Scans what is left of a store and finishes it."""
-    if store.manifest.finished and not (job.run.retry_errors and store.errors().num_rows):
+    if store.manifest.finished and not (job.run.retry_errors and store.bad_in_scan()):
         store.tidy()
         log.info("%s: done already, %d images", store.path, len(job.catalog))
         return store
-    schedule = Schedule(store, retry_errors=job.run.retry_errors, allowed_bad=job.run.allowed_bad(len(job.catalog)))
+    schedule = Schedule[Partial](store, retry_errors=job.run.retry_errors, allowed_bad=job.run.allowed_bad(len(job.catalog)))
     if store.manifest.finished:
         store.reopen()
     before = schedule.images_done
@@ -271,24 +230,31 @@ def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
         # what an attempt before this one had of a shard that it did not finish comes again
         done = schedule.images_done - before
         progress = replace(progress, done=done, bad=schedule.bad, grey=schedule.grey)
-        return scan_shards(job, shards, schedule.stop, note)
+        return scan_shards(job, shards, schedule.stop, note, job.tally)
 
     begun = time.monotonic()
 
     def note(tick: Tick) -> None:
         nonlocal progress
-        progress = replace(progress.after(tick), seconds=time.monotonic() - begun)
+        progress = replace(
+            progress,
+            done=progress.done + tick.images,
+            bad=progress.bad + len(tick.bad),
+            grey=progress.grey + tick.grey,
+            waited=progress.waited + tick.waited,
+            seconds=time.monotonic() - begun,
+        )
         schedule.note(tick)
         report(progress)
 
-    with _signals(schedule.stop) as caught:
+    with signals(schedule.stop) as caught:
         schedule.run(attempt)
         if caught:
             name = signal.Signals(caught[0]).name
             done = f"{schedule.images_done} of {progress.total} images are committed"
             message = f"stopped by {name}: {done}; run the same again (without --overwrite) to go on"
             raise Interrupted(caught[0], message)
-        schedule.finish()
+        store.finish(schedule.result, of_taps(job.network, job.taps, job.preprocess.crop))
     if not (store.manifest.summary or {})["scanned"]:
         first = store.errors().slice(0, 1).to_pylist()
         reason = f" ({first[0]['key']}: {first[0]['error']})" if first else ""
@@ -297,115 +263,6 @@ def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
         if unfit := store[tap].unfit:
             log.warning("%s: %d maps with NaN or infinity were left out", tap, unfit)
     return store
-
-
-class _LogFile(logging.Handler):
-    """Appends messages to a file."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(logging.INFO)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for as long as the handler is)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a full disk: the next commit will say so
-            self.file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
-
-
-@contextmanager
-def _log_file(path: Path, native: bool) -> Iterator[None]:
-    """Inside, messages go to a file too, and where `native` also what C libraries print to standard error."""
-    with writing(path):
-        handler = _LogFile(path)
-    # without any handler Python prints warnings by itself; this one must not stop that
-    added: list[logging.Handler] = [handler]
-    if logging.lastResort and not log.hasHandlers():
-        added.append(logging.lastResort)
-    for each in added:
-        log.addHandler(each)
-    try:
-        with native_stderr(handler.file.fileno()) if native else nullcontext():
-            yield
-    except BaseException as error:
-        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (str(error) or repr(error),), None))
-        raise
-    finally:
-        for each in added:
-            log.removeHandler(each)
-        handler.file.close()
-
-
-@contextmanager
-def _signals(stop: threading.Event) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM set `stop` and are listed; a second one ends the process at once, as it would have."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        caught.append(signum)
-        stop.set()
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def _describe_source(images: object) -> Any:
-    """What a store says of where its images came from: absolute paths, a hash of many, or the kind of Dataset."""
-    if is_dataset(images):
-        return _describe_dataset(images)
-    if isinstance(images, list | tuple):
-        paths = [_describe_source(image) for image in images]
-        return paths if len(paths) <= _PATHS else f"{len(paths)} paths, sha256 {_digest(paths)}"
-    path = os.path.abspath(os.fsdecode(images))  # type: ignore[arg-type]
-    return path.encode("utf-8", "backslashreplace").decode()
-
-
-def _describe_dataset(dataset: object) -> str:
-    """The kind and length of a Dataset, and a hash of what it says of its items without fetching any."""
-    labels = [label for _, label, *_ in sources.items(dataset)]
-    words = f"{type(dataset).__module__}.{type(dataset).__qualname__} of {len(labels)}"
-    samples = getattr(dataset, "samples", getattr(dataset, "imgs", ()))
-    if not isinstance(samples, list | tuple | np.ndarray):
-        samples = ()
-    if not any(labels) and not len(samples):
-        return words
-    # the hash first: messages show the beginning
-    return f"sha256 {_digest(chain(labels, map(_plain, samples)))}: {words}"
-
-
-def _plain(value: object) -> str:
-    """What is the same in every process of a sample, as a path and a number: an object may show its address."""
-    if isinstance(value, list | tuple):
-        return repr([_plain(part) for part in value])
-    if isinstance(value, PATH):
-        return os.fsdecode(value)
-    return str(value) if isinstance(value, Number) else type(value).__name__
-
-
-def _digest(words: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for word in words:
-        digest.update(word.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return versions | {"device": f"{device} ({name})"}
 
 
 def _log_start(manifest: Manifest, found: taps.Found, device: torch.device) -> None:

@@ -2,19 +2,20 @@
 
 What the names stand for: `loader.load` reads and decodes in the background and gives batches of pixels;
 `taps.Taps` runs the network and gives one peak per channel and image; `partial.Tally` keeps the strongest of one
-shard and closes into a Partial, which is all that leaves this file.
+shard and closes into a Partial, which is all that leaves this file. (Settling the order of a 16-bit scan counts
+another way: `settle.Picker`.)
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,15 +25,18 @@ from torch import nn
 from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import make_decoder
-from maxact.loader import Batch, Unreadable, load
+from maxact.fetch import Unreadable
+from maxact.loader import Batch, load
 from maxact.models import Normalised
-from maxact.partial import BadImage, Partial, Tally
+from maxact.numerics import kept_memory, numerics
+from maxact.partial import BadImage, Tally
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
 from maxact.taps import Pending, Taps
-from maxact.topk import List
+from maxact_kernels.peaks import Peaks
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+P = TypeVar("P")
+P_co = TypeVar("P_co", covariant=True)
 _BEHIND = 2  # batches that may wait to be counted while the network goes on
 
 
@@ -48,6 +52,10 @@ class Job:
     run: RunConfig
     device: torch.device
 
+    def tally(self, shard: Shard) -> Tally:
+        """What counts a shard of a scan: the strongest peaks and the statistics."""
+        return Tally(shard, sum(tap.channels for tap in self.taps), self.settings.kept())
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -60,14 +68,28 @@ class Tick:
     waited: float
 
 
-def scan(job: Job, shards: Iterator[Shard], stop: threading.Event, report: Callable[[Tick], None]) -> Iterator[Partial]:
+class Counting(Protocol[P_co]):
+    """Counts one shard: a Tally, which closes into a Partial, or what another pass has in its place."""
+
+    def add(self, peaks: Peaks, numbers: NDArray[np.int64], /) -> None: ...
+    def close(self, bad: Sequence[BadImage], grey: int, /) -> P_co: ...
+
+
+def scan(
+    job: Job,
+    shards: Iterator[Shard],
+    stop: threading.Event,
+    report: Callable[[Tick], None],
+    count: Callable[[Shard], Counting[P]],
+) -> Iterator[P]:
     """Scans shards and gives what each of them gave, in order. What a shard gives depends on nothing but the job.
 
+    `count` makes what counts a shard: see `tally`.
     `stop` ends the scan after the batch in hand: finished shards are still given, the one in flight is dropped.
     Raises loader.Unreadable where the images of a shard cannot be read, after the finished shards before it.
     """
     unreadable: Unreadable | None = None
-    with _running(job, shards) as (batches, taps), _Counter(taps.channels, job.settings.kept()) as counter:
+    with _running(job, shards) as (batches, taps), _Counter(count) as counter:
         asked = time.perf_counter()
         try:
             for batch in batches:  # uint8 [N, H, W, 3]; the next ones are being read and decoded
@@ -116,18 +138,18 @@ def _running(job: Job, shards: Iterator[Shard]) -> Iterator[tuple[Iterator[Batch
             yield batches, taps
 
 
-class _Counter:
+class _Counter(Generic[P]):
     """Counts batches on a thread of its own, in their order, shard by shard."""
 
-    def __init__(self, channels: int, kept: dict[List, int]) -> None:
-        self._channels, self._kept = channels, kept
-        self._tally: Tally | None = None
+    def __init__(self, count: Callable[[Shard], Counting[P]]) -> None:
+        self._count = count
+        self._tally: Counting[P] | None = None
         self._bad: list[BadImage] = []
         self._grey = 0
         self._counting: deque[Future[None]] = deque()
-        self._closed: deque[Future[Partial]] = deque()
+        self._closed: deque[Future[P]] = deque()
 
-    def __enter__(self) -> _Counter:
+    def __enter__(self) -> _Counter[P]:
         self._thread = ThreadPoolExecutor(1, "maxact-count")
         return self
 
@@ -136,7 +158,7 @@ class _Counter:
 
     def add(self, batch: Batch, peaks: Pending) -> None:
         """Takes the next batch; waits where the thread is too far behind."""
-        tally = self._tally = self._tally or Tally(batch.shard, self._channels, self._kept)
+        tally = self._tally = self._tally or self._count(batch.shard)
         self._counting.append(self._thread.submit(_count, tally, peaks, batch.numbers))
         self._bad += batch.bad
         self._grey += batch.grey
@@ -146,12 +168,12 @@ class _Counter:
         if len(self._counting) > _BEHIND:
             self._counting.popleft().result()
 
-    def finished(self) -> Iterator[Partial]:
+    def finished(self) -> Iterator[P]:
         """The shards that are finished by now."""
         while self._closed and self._closed[0].done():
             yield self._closed.popleft().result()
 
-    def rest(self) -> Iterator[Partial]:
+    def rest(self) -> Iterator[P]:
         """Waits for everything, and gives the shards that are finished then."""
         for counted in self._counting:
             counted.result()
@@ -159,45 +181,5 @@ class _Counter:
             yield self._closed.popleft().result()
 
 
-def _count(tally: Tally, peaks: Pending, numbers: NDArray[np.int64]) -> None:
+def _count(tally: Counting[P], peaks: Pending, numbers: NDArray[np.int64]) -> None:
     tally.add(peaks.result(), numbers)  # on a GPU, the one place where the host waits for the device
-
-
-@contextmanager
-def numerics(threads: int) -> Iterator[None]:
-    """float32 that is IEEE float32, the same algorithms every time, and `threads` CPU threads; then as before."""
-    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
-    flags = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("highest")
-    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, True, False
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        torch.set_float32_matmul_precision(before[1])
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
-
-
-@contextmanager
-def kept_memory() -> Iterator[None]:
-    """Keeps freed memory in the process while the scan runs, where the C library is glibc.
-
-    It hands every large block back to the system, and the next batch's maps meet pages that have to be cleared
-    again: a quarter of a ResNet-18's time on a CPU. Afterwards all of it goes back, and glibc's first thresholds
-    stand, without their growing by themselves.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        yield
-        return
-    if not libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # as much as an older one takes
-    libc.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(-1))
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
-        libc.mallopt(_M_TRIM_THRESHOLD, 128 << 10)
-        libc.malloc_trim(0)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-from maxact.catalog import Shard
+from maxact.catalog import Catalog, Shard
 from maxact.errors import MaxactError
-from maxact.loader import Unreadable
-from maxact.partial import BadImage, Partial
+from maxact.fetch import Unreadable
+from maxact.partial import BadImage
 from maxact.scan import Tick
-from maxact.store import Store
 
 COMMIT_SECONDS = 30.0  # between two commits, at least
 PAUSES = (5.0, 30.0, 120.0)  # seconds to wait for storage that has gone, growing; then the run stops
@@ -21,19 +21,53 @@ _EXAMPLES = 3
 log = logging.getLogger("maxact")
 
 
-class Schedule:
-    """The shards of one store: what is done, what is left, and the merged result so far.
+class Part(Protocol):
+    """What some shards gave: a Partial of a scan, or the Exact peaks of a settling run."""
+
+    @property
+    def shards(self) -> frozenset[int]: ...
+    @property
+    def bad(self) -> tuple[BadImage, ...]: ...
+    @property
+    def grey(self) -> Mapping[int, int]: ...
+    @property
+    def held(self) -> Mapping[int, Any]: ...
+    def merge(self, other: Self) -> Self: ...
+    def without(self, shard: Shard) -> Self: ...
+
+
+P = TypeVar("P", bound=Part)
+
+
+class Book(Protocol[P]):
+    """Where what is done is kept: a Store, or what settling keeps beside it."""
+
+    @property
+    def catalog(self) -> Catalog: ...
+    @property
+    def shard(self) -> int:
+        """Images in a shard."""
+
+    def state(self) -> P | None:
+        """What the last commit wrote."""
+
+    def commit(self, part: P, /) -> None:
+        """Makes `part` survive anything."""
+
+
+class Schedule(Generic[P]):
+    """The shards of one book: what is done, what is left, and the merged result so far.
 
     `retry_errors` scans the shards of recorded errors again. Bad images are counted as they come, and more of them
     than `allowed_bad` end the run. Setting `stop` ends it after the batch in hand.
     """
 
-    def __init__(self, store: Store, *, retry_errors: bool = False, allowed_bad: int = 10) -> None:
-        self._store = store
+    def __init__(self, book: Book[P], *, retry_errors: bool = False, allowed_bad: int = 10) -> None:
+        self._book = book
         self._allowed_bad = allowed_bad
-        self._size: int = store.manifest.settings["shard"]
-        self._shards = store.catalog.shards(self._size)
-        self._result = store.state()
+        self._size = book.shard
+        self._shards = book.catalog.shards(self._size)
+        self._result = book.state()
         self._uncommitted = False
         self._committed = time.monotonic()
         self._failure: MaxactError | None = None
@@ -57,7 +91,7 @@ class Schedule:
     @property
     def images_done(self) -> int:
         """Images in finished shards."""
-        return len(self._store.catalog) - sum(shard.stop - shard.start for shard in self.left)
+        return len(self._book.catalog) - sum(shard.stop - shard.start for shard in self.left)
 
     @property
     def bad(self) -> int:
@@ -73,7 +107,7 @@ class Schedule:
 
     def run(
         self,
-        scan: Callable[[Iterator[Shard]], Iterator[Partial]],
+        scan: Callable[[Iterator[Shard]], Iterator[P]],
         pauses: tuple[float, ...] = PAUSES,
     ) -> None:
         """Scans what is left, committing as it goes and once more however it ends.
@@ -120,7 +154,7 @@ class Schedule:
             )
             self.stop.set()
 
-    def _finish(self, partial: Partial) -> None:
+    def _finish(self, partial: P) -> None:
         if self._result and partial.shards <= self._again:
             self._again -= partial.shards
             before = [bad for bad in self._result.bad if bad.image // self._size in partial.shards]
@@ -140,11 +174,12 @@ class Schedule:
     def commit(self) -> None:
         """Writes the finished shards to disk, if there are any that are not there yet."""
         if self._uncommitted and self._result is not None:
-            self._store.commit(self._result)
+            self._book.commit(self._result)
             self._uncommitted = False
         self._committed = time.monotonic()
 
-    def finish(self) -> None:
-        """Writes the store's arrays. Every shard must be done."""
+    @property
+    def result(self) -> P:
+        """The whole. Every shard must be done."""
         assert self._result is not None and not self.left
-        self._store.finish(self._result)
+        return self._result

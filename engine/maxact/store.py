@@ -1,20 +1,17 @@
 """The store on disk: a Zarr group with what was found, the catalog beside it, and the states of an unfinished run.
 
-The only file that imports zarr. A run writes one file per commit, `run/state-N`, and the Zarr arrays once, from the
-last of them, when it is finished; until then the same results are read from the state.
+A run writes one file per commit, `run/state-N`, and the Zarr arrays once, from the last of them, when it is finished;
+until then the same results are read from the state.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
-import socket
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,23 +21,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import zarr
-import zarr.errors
 from numpy.typing import NDArray
 
 from maxact.archives import reading
-from maxact.catalog import Catalog, Changed
-from maxact.config import cores
-from maxact.decode import make_decoder
+from maxact.arrays import (
+    DAMAGE,
+    changing,
+    consolidate,
+    create_group,
+    open_group,
+    read_manifest,
+    read_peaks,
+    sync_attributes,
+    write_array,
+    write_field,
+    write_peaks,
+)
+from maxact.catalog import Catalog
 from maxact.errors import MaxactError
-from maxact.files import is_aside, replace_file, sync_file, sync_folder, sync_tree, writing
+from maxact.field import Field
+from maxact.files import is_aside, replace_file, sync_tree, writing
+from maxact.inputs import Inputs
+from maxact.lock import check_place, is_state, lock
 from maxact.manifest import Manifest, shorten
 from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
 from maxact.preprocess import Preprocess
 from maxact.results import Peaks, TapResults, of_partial
 from maxact.tap import Tap, columns
+from maxact.thumbs import Thumbs
 from maxact.topk import List
+from maxact.winners import Layout, Winners
 
 log = logging.getLogger("maxact")
 _CHUNK = 2 << 20  # bytes that a chunk may have
@@ -55,25 +66,19 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Opens the store at `path` for reading. Raises MaxactError where there is none."""
         self.path = Path(path)
-        try:
-            group = zarr.open_group(self.path, mode="r", use_consolidated=False)
-            values = group.attrs["maxact"]
-        except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
-            raise MaxactError(f"{self.path}: not a maxact store (make one with `maxact scan`)") from error
-        self.manifest = Manifest.from_json(values, self.path)  # type: ignore[arg-type]
+        self.manifest = read_manifest(self.path)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, catalog: Catalog) -> Store:
         """Starts a store: the catalog, and the group with its attributes, which is what makes it one."""
         folder = Path(path)
-        _check_place(folder)
+        check_place(folder)
         with writing(folder):
             (folder / "run").mkdir(parents=True, exist_ok=True)
             for left in (*folder.glob("run/state-*"), *filter(is_aside, folder.iterdir())):
                 left.unlink()
             catalog.save(folder / "images.parquet")
-            zarr.create_group(folder, attributes={"maxact": manifest.to_json()})
-            _sync_attributes(folder)
+            create_group(folder, manifest)
         return cls(folder)
 
     @staticmethod
@@ -96,33 +101,9 @@ class Store:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     @staticmethod
-    @contextmanager
-    def lock(path: str | os.PathLike[str]) -> Iterator[None]:
-        """Holds the store at `path` for one run. The system lets go when the process ends, however it does.
-
-        Raises MaxactError where another process holds it, and where there is something that is no store. A file
-        system that has no locks is only warned of.
-        """
-        _check_place(Path(path))
-        folder = Path(path) / "run"
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = open(folder / "lock", "ab+", buffering=0)  # noqa: SIM115 (open for as long as the lock is held)
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                handle.seek(0)
-                holder = handle.read().decode().strip() or "another process"
-                raise MaxactError(f"{path}: in use by {holder}; wait for it or stop it first") from error
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                log.warning("%s: cannot be locked here; see to it that no second run uses it", path)
-            with writing(path):
-                handle.truncate(0)
-                handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            yield
+    def lock(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        """Holds the store at `path` for one run: see `lock.lock`."""
+        return lock(Path(path))
 
     def commit(self, partial: Partial) -> None:
         """Makes `partial` the state of the run: after this it survives anything; before, the last one does."""
@@ -145,10 +126,10 @@ class Store:
 
     def _states(self) -> list[tuple[int, Path]]:
         """The states that are there, by number: one, or two where a commit was cut short before it tidied up."""
-        names = filter(_is_state, (self.path / "run").glob("state-*"))
+        names = filter(is_state, (self.path / "run").glob("state-*"))
         return sorted((int(path.name[6:]), path) for path in names)
 
-    def finish(self, partial: Partial) -> None:
+    def finish(self, partial: Partial, fields: Mapping[str, Field] | None = None) -> None:
         """Writes the Zarr arrays and errors.parquet from the run's whole result.
 
         Cut short it can be done again: until the very end the store is an unfinished one. The state goes when
@@ -161,14 +142,15 @@ class Store:
             "grey": sum(partial.grey.values()),
         }
         stats = partial.total()
-        with writing(self.path, _ADVICE), warnings.catch_warnings():
-            # Zarr 3 calls consolidated metadata an extension, and the Parquet files beside the arrays unknown
-            warnings.simplefilter("ignore")
-            group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
+        with changing(self.path, _ADVICE) as group:
             for tap, start, stop in columns(self.manifest.taps):
                 self._write_tap(group, of_partial(self.catalog, tap, partial, stats, start, stop))
+                if fields:
+                    write_field(group[tap.name], fields[tap.name])
+            self._forget_projection()  # the arrays of one went with the lists that they belonged to
+            self._forget_settling()
             write_errors(self.path / "errors.parquet", partial.bad)
-            group = zarr.consolidate_metadata(self.path)
+            group = consolidate(self.path)
             for left in filter(is_aside, self.path.rglob("*")):
                 left.unlink()
             sync_tree(self.path)
@@ -176,28 +158,36 @@ class Store:
             self.tidy()
 
     def reopen(self) -> None:
-        """Marks a finished store as unfinished again, before more is scanned into it."""
-        with writing(self.path):
-            group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
-            self._mark(group, finished=False, summary=None)
+        """Marks a finished store as unfinished again, before more is scanned into it; what was projected is void."""
+        with changing(self.path, _ADVICE) as group:
+            self._mark(group, finished=False, summary=None, projected=None)
+            self._forget_projection()
+            self._forget_settling()
+
+    def _forget_projection(self) -> None:
+        for name in ("run/projected.json", "thumbs.parquet"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _forget_settling(self) -> None:
+        (self.path / "run" / "settling").unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Deletes what a finished store needs no more: what writes that were cut short left, and the states, unless
         there are bad images, whose shards can be scanned again."""
         for left in filter(is_aside, (*self.path.iterdir(), *(self.path / "run").iterdir())):
             left.unlink()
-        if not self.errors().num_rows:
+        if not self.bad_in_scan():
             for _, state in self._states():
                 state.unlink()
 
-    def _mark(self, group: zarr.Group, **changes: Any) -> None:
+    def _mark(self, group: Any, **changes: Any) -> None:
         """Changes the manifest, here and on disk, in one write."""
         self.manifest = replace(self.manifest, **changes)
         group.attrs["maxact"] = self.manifest.to_json()
-        _sync_attributes(self.path)
+        sync_attributes(self.path)
         self.__dict__.pop("_results", None)
 
-    def _write_tap(self, group: zarr.Group, results: TapResults) -> None:
+    def _write_tap(self, group: Any, results: TapResults) -> None:
         tap = results.tap
         attributes = {
             "kind": tap.kind,
@@ -209,12 +199,18 @@ class Store:
         node = group.create_group(tap.name, attributes=attributes, overwrite=True)
         for (score, end), peaks in results.lists.items():
             shown = self.manifest.settings[end]
-            _write_peaks(node, f"{score}/{end}", peaks.first(shown), "rank")
+            write_peaks(node, f"{score}/{end}", peaks.first(shown), "rank")
             if shown < peaks.image.shape[1]:
                 # a dimension of its own: xarray wants one that bears the same name to be as long in a group below
-                _write_peaks(node, f"{score}/{end}/candidates", peaks, "candidate")
+                write_peaks(node, f"{score}/{end}/candidates", peaks, "candidate")
         for name, values in results.stats.items():
-            _write(node, f"stats/{name}", values, ("channel",), 0 if name == "count" else np.nan)
+            write_array(node, f"stats/{name}", values, ("channel",), 0 if name == "count" else np.nan)
+
+    @property
+    def shard(self) -> int:
+        """Images in a shard."""
+        size: int = self.manifest.settings["shard"]
+        return size
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -238,17 +234,13 @@ class Store:
     def _read_tap(self, tap: Tap) -> TapResults:
         lists: dict[List, Peaks] = {}
         try:
-            # the consolidated metadata would make empty arrays of files that are gone
-            group: Any = zarr.open_group(self.path, mode="r", use_consolidated=False)
+            group = open_group(self.path)
             node = group[tap.name]
             for score, end in self.manifest.lists():
-                place = node[f"{score}/{end}"]
-                lists[score, end] = Peaks(
-                    place["image"][:], place["score"][:], place["position"][:] if score == "max" else None
-                )
+                lists[score, end] = read_peaks(node[f"{score}/{end}"], (score, end))
             stats = {name: node[f"stats/{name}"][:] for name in sorted(node["stats"])}
             return TapResults(self.catalog, tap, lists, stats, node.attrs["unfit"])
-        except (OSError, KeyError, ValueError, RuntimeError, zarr.errors.BaseZarrError) as error:
+        except DAMAGE as error:
             raise MaxactError(
                 f"{self.path}: the tap {tap.name} is missing or damaged; scan again with --overwrite"
             ) from error
@@ -269,38 +261,117 @@ class Store:
             raise MaxactError(f"{self.path}: has no tap {name!r}; it has {shorten(', '.join(self))}")
         return self._results(name)
 
+    def candidates(self, tap: str, key: List) -> Peaks:
+        """All candidates of a list of a 16-bit scan, as that scored them."""
+        group = open_group(self.path)
+        return read_peaks(group[f"{tap}/{key[0]}/{key[1]}/candidates"], key)
+
+    def settled(self, tap: str, key: List) -> int:
+        """How many first ranks of a list are in the order of float32, though the scan was of 16 bits."""
+        group = open_group(self.path)
+        count: int = group[f"{tap}/{key[0]}/{key[1]}"].attrs.get("settled", 0)
+        return count
+
+    def settled_deviation(self) -> float:
+        """The largest deviation (`settle.Settled`) that was seen when lists were settled."""
+        group = open_group(self.path)
+        lists = [group[f"{tap}/{score}/{end}"] for tap in self for score, end in self.manifest.lists()]
+        return max((node.attrs.get("deviation", 0.0) for node in lists), default=0.0)
+
+    def write_settled(
+        self, tap: str, key: List, peaks: Peaks, certain: NDArray[np.bool_], ranks: int, deviation: float
+    ) -> None:
+        """Replaces a list by one whose first `ranks` are settled."""
+        with changing(self.path, _ADVICE) as group:
+            node = group[f"{tap}/{key[0]}/{key[1]}"]
+            for name, values in peaks._asdict().items():
+                if values is not None:
+                    node[name][:] = values  # in place: cut short, there is still something to read
+            write_array(node, "certain", certain, ("channel",), False)
+            # last: without them all of this is done again
+            node.attrs.update({"settled": ranks, "deviation": deviation})
+        self.__dict__.pop("_results", None)
+
+    def winners(self, tap: str, score: str = "max", end: str = "top") -> Winners:
+        """What the second pass kept of one list. Raises MaxactError where it has not run on it."""
+        place = f"{tap}/{score}/{end}"
+        try:
+            group = open_group(self.path)
+            return Winners(group[place])
+        except DAMAGE as error:
+            raise MaxactError(f"{self.path}: {place} has not been projected; run `maxact project` on it") from error
+
+    def start_winners(self, tap: str, score: str, end: str, layout: Layout) -> Winners:
+        """The arrays of one list, for writing; started where they are not there."""
+        with changing(self.path, _ADVICE) as group:
+            return Winners.create(group[f"{tap}/{score}/{end}"], layout)
+
+    def winning_images(self, place: str, channels: Sequence[int]) -> NDArray[np.int64]:
+        """The images whose winners the second pass shows, of some channels of the list `tap/score/end`; ascending."""
+        tap, score, end = place.rsplit("/", 2)
+        shown = self.winners(tap, score, end).layout.shown
+        images = self[tap].lists[score, end].image[channels, :shown]  # type: ignore[index]
+        return np.unique(images[images >= 0])
+
+    def remove_winners(self) -> None:
+        """Deletes what a second pass wrote, but for the order that it settled."""
+        with changing(self.path, _ADVICE) as group:
+            self._mark(group, projected=None)
+            self._forget_projection()  # before the arrays: cut short, nothing says that they are there
+            for tap in self:
+                for score, end in self.manifest.lists():
+                    Winners.remove(group[f"{tap}/{score}/{end}"])
+            consolidate(self.path)
+            sync_attributes(self.path)
+
+    def finish_projection(self, bad: Sequence[BadImage], facts: dict[str, Any]) -> None:
+        """Ends a second pass: the images that it could not have, and what it was."""
+        with changing(self.path, _ADVICE):
+            write_errors(self.path / "errors.parquet", (*self.bad_in_scan(), *bad))
+            for left in filter(is_aside, self.path.rglob("*")):
+                left.unlink()
+            self._forget_settling()
+            group = consolidate(self.path)
+            self._mark(group, projected=facts)
+
+    def thumbs(self) -> Thumbs:
+        """The model inputs of the images that were projected. Raises MaxactError where there are none."""
+        return Thumbs(self.path / "thumbs.parquet")
+
     def pixels(self, numbers: Sequence[int], dataset: object | None = None) -> torch.Tensor:
         """The model inputs of some images before normalisation, as the scan decoded them.
 
         uint8 [N, H, W, 3], or float32 [N, 3, H, W] from a preprocess function. `dataset` is the one that was
         scanned, where it was one. Raises MaxactError where an image cannot be had any more.
         """
-        settings = self.manifest.settings
-        decoder = make_decoder(
-            settings["decoder"],
-            Preprocess.from_json(self.manifest.preprocessing),
-            batch=len(numbers),
-            threads=cores(),
-            max_pixels=int(settings["max_megapixels"] * 1e6),
-            pictures=dataset is not None,
-        )
         catalog = Catalog(self.catalog.table, dataset)
-        entries = [catalog.entry(number) for number in numbers]
-        with closing(catalog), closing(decoder):
-            try:
-                decoder.submit([catalog.read(entry) for entry in entries])
-            except (OSError, Changed) as error:
-                raise MaxactError(f"{self.path}: an image cannot be read any more ({error})") from error
-            decoded = decoder.collect()
-        for index, reason in decoded.errors.items():
-            raise MaxactError(f"{entries[index].key}: cannot be decoded any more ({reason})")
-        return decoded.images
+        with self.inputs(catalog) as inputs:
+            found, bad = inputs.get(numbers)
+        if bad:
+            raise MaxactError(f"{self.path}: {bad[0].key} cannot be read any more ({bad[0].error})")
+        return torch.stack([found[number].pixels for number in numbers])
+
+    def inputs(self, catalog: Catalog, readers: int = 16) -> Inputs:
+        """What gives the model inputs of images of `catalog`, decoded as the scan decoded them."""
+        settings = self.manifest.settings
+        return Inputs(
+            catalog,
+            Preprocess.from_json(self.manifest.preprocessing),
+            decoder=settings["decoder"],
+            max_pixels=int(settings["max_megapixels"] * 1e6),
+            readers=readers,
+        )
 
     def input(self, number: int, dataset: object | None = None) -> torch.Tensor:
         """The exact tensor that the network saw of an image, float32 [3, H, W]; `dataset` as in `pixels`."""
         normalised = Normalised(torch.nn.Identity(), Preprocess.from_json(self.manifest.preprocessing))
         image: torch.Tensor = normalised(self.pixels([number], dataset))[0]
         return image
+
+    def bad_in_scan(self) -> list[BadImage]:
+        """The bad images of the scan, without those that only the second pass could not have."""
+        found = [BadImage(**row) for row in self.errors().to_pylist()]
+        return [image for image in found if image.stage != "project"]
 
     def errors(self) -> pa.Table:
         """The bad images so far: image, key, stage, error. Raises MaxactError where they cannot be read."""
@@ -310,58 +381,6 @@ class Store:
                 return pq.read_table(pa.OSFile(path))
         state = self.state()
         return _error_table(state.bad if state else ())
-
-
-def _write_peaks(node: zarr.Group, place: str, peaks: Peaks, dimension: str) -> None:
-    """One list of peaks, whose ranks bear the name `dimension`."""
-    _write(node, f"{place}/image", peaks.image, ("channel", dimension), -1)
-    _write(node, f"{place}/score", peaks.score, ("channel", dimension), np.nan)
-    if peaks.position is not None:
-        _write(node, f"{place}/position", peaks.position, ("channel", dimension, "axis"), -1)
-
-
-def _write(group: zarr.Group, name: str, values: NDArray[Any], dimensions: tuple[str, ...], fill: float) -> None:
-    """One array, in chunks of whole channels of at most _CHUNK bytes."""
-    row = values[:1].nbytes or 1
-    chunk = max(1, min(len(values), _CHUNK // row))
-    group.create_array(
-        name,
-        data=np.ascontiguousarray(values),
-        chunks=(chunk, *values.shape[1:]),
-        dimension_names=dimensions,
-        fill_value=fill,
-        overwrite=True,
-    )
-
-
-def _check_place(folder: Path) -> None:
-    """Raises MaxactError where a folder holds anything but a store, or the beginnings of one."""
-    if not os.path.exists(folder):
-        return
-    if not folder.is_dir():
-        raise MaxactError(f"{folder}: is a file, not a folder; choose another place for the store")
-    if Store.exists(folder):
-        Store(folder)
-        return
-    with writing(folder):
-        run = folder / "run"
-        begun = [*run.iterdir()] if run.is_dir() else []
-        # where nobody has begun a store, images.parquet is a file of the user's
-        ours = {"run", "images.parquet"} if run / "lock" in begun else {"run"}
-        others = [item for item in folder.iterdir() if item.name not in ours]
-        others += [item for item in begun if item.name not in ("lock", "log") and not _is_state(item)]
-    if not all(map(is_aside, others)):
-        raise MaxactError(f"{folder}: there is something else here; choose another place for the store")
-
-
-def _is_state(path: Path) -> bool:
-    return path.name.startswith("state-") and path.name[6:].isdecimal()
-
-
-def _sync_attributes(folder: Path) -> None:
-    """Zarr does not see to it that what it writes survives a loss of power."""
-    sync_file(folder / "zarr.json")
-    sync_folder(folder)
 
 
 def _error_table(bad: tuple[BadImage, ...]) -> pa.Table:

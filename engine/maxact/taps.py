@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +33,7 @@ LAYERS = (*CONVOLUTIONS, nn.Linear)
 _NO_MEMORY = "out of memory with batches of {}; start again with a smaller --batch (and --overwrite)"
 _TAKEN = {"run", "pooled"}  # names in a store that are no tap's
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SHARE = 1 << 20  # values of a tap for which waking another thread is worth it
 _ACTIVATION = re.compile(r"relu|elu|silu|gelu|mish|swish|sigmoid|tanh|softplus|activation", re.IGNORECASE)
 
 
@@ -274,15 +274,14 @@ class Taps:
             output, last = output.contiguous(), tap.axis == -1 or output.ndim == 2
         shape = (len(output), tap.positions, tap.channels) if last else (len(output), tap.channels, tap.positions)
         maps = output.view(shape).numpy()
-        edges = np.linspace(0, len(maps), self._threads + 1).astype(int).tolist()
-        parts = list(pairwise(edges))
-        others = [
-            self._pool.submit(kernel.reduce, maps[start:stop], last, out.rows(start, stop), column)
-            for start, stop in parts[1:]
-        ]
-        kernel.reduce(maps[: parts[0][1]], last, out.rows(*parts[0]), column)
+        turn = np.zeros(1, np.int64)
+        work = (maps, last, out, column, turn)
+        helpers = min(self._threads - 1, maps.size // _SHARE)
+        others = [self._pool.submit(kernel.reduce, *work) for _ in range(helpers)]
+        kernel.reduce(*work)
         for other in others:
-            other.result()
+            if not other.cancel():  # one that has not begun by now has nothing to do
+                other.result()
 
     def _collect(self) -> Pending:
         """Starts the copy of a GPU batch's peaks to pinned host memory, without waiting for it."""

@@ -1,0 +1,237 @@
+"""What each command does. What it needs is imported when it runs, so that `maxact --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def scan(model: str, images: list[str], store: str, quiet: bool, **settings: Any) -> int:
+    """`maxact scan`."""
+    from maxact.progress import display
+    from maxact.run import scan
+
+    for name in ("layers", "where", "score"):
+        settings[name] = settings[name] or (["max"] if name == "score" else [])
+    with display(quiet) as report:
+        source = images[0] if len(images) == 1 else images
+        done = scan(model, source, store, report=report, native_log=True, **settings)
+    if not quiet:
+        print(f"{store}: {_summary(done)} (`maxact info {store}` says more)")
+    return 0
+
+
+def project(store: str, quiet: bool, channels: str | None, **settings: Any) -> int:
+    """`maxact project`."""
+    from maxact import run_project
+    from maxact.progress import display
+    from maxact.render.choose import parse_channels
+
+    numbers = None if channels is None else parse_channels(channels)
+    for name in ("layers", "method"):
+        settings[name] = settings[name] or (["deconvnet"] if name == "method" else [])
+    with display(quiet) as report:
+        run_project.project(store, channels=numbers, report=report, native_log=True, **settings)
+    if not quiet:
+        print(f"{store}: projected (`maxact render {store} OUT` shows it)")
+    return 0
+
+
+def render(
+    store: str,
+    out: str,
+    mosaic: bool,
+    filters: bool,
+    layers: list[str] | None,
+    channels: str | None,
+    label_names: str | None,
+    layout: Any,
+    across: int | None,
+    format: Any,
+    method: str | None,
+    weights: str | None,
+    quiet: bool,
+) -> int:
+    """`maxact render`."""
+    from maxact.process import show_bytes
+    from maxact.progress import counting, display
+    from maxact.render.choose import parse_channels
+    from maxact.render.filters import write_filters
+    from maxact.render.gallery import measure, write_gallery
+    from maxact.render.labels import read_label_names
+    from maxact.render.mosaic import write_mosaics
+    from maxact.run_project import scanned_model
+    from maxact.store import Store
+
+    opened = Store(store)
+    which: dict[str, Any] = {
+        "layers": layers or (),
+        "channels": None if channels is None else parse_channels(channels),
+        "label_names": read_label_names(Path(label_names)) if label_names else None,
+    }
+    files: list[Path] = []
+    if filters:
+        model = scanned_model(opened, None, weights)
+        files += write_filters(model.network, Path(out), title=model.name, format=format)
+    if mosaic:
+        files += write_mosaics(opened, Path(out), layout=layout, across=across, format=format, method=method, **which)
+    if not (filters or mosaic):
+        need = measure(opened, layers=which["layers"], channels=which["channels"])
+        with display(quiet) as report:
+            if not quiet:
+                print(f"{need.channels:,} channels, about {show_bytes(need.bytes)}", file=sys.stderr)
+            files = [write_gallery(opened, Path(out), report=counting(report, "drawing", "sprites"), **which)]
+    if not quiet:
+        print(f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else ""))
+    return 0
+
+
+def layers(
+    model: str,
+    layers: list[str] | None,
+    at: Any,
+    draw: str | None,
+    image: str | None,
+    out: str,
+    **loading: Any,
+) -> int:
+    """`maxact layers`."""
+    from maxact.fields import of_taps
+    from maxact.models import load_model
+    from maxact.progress import print_table
+    from maxact.run import find_taps
+
+    loaded = load_model(model, **loading)
+    found = find_taps(loaded, layers or (), at)
+    fields = of_taps(loaded.network, found.taps, loaded.preprocess.crop)
+    if draw is not None:
+        return _draw(loaded, found, fields, draw, image, out)
+    print_table(
+        ("tap", "layer", "kind", "channels", "map", "field", "stride"),
+        [
+            (tap.name, tap.layer, tap.kind, tap.channels, _by(tap.map), *_describe(fields[tap.name]))
+            for tap in found.taps
+        ],
+    )
+    height, width = loaded.preprocess.crop
+    print(f"{len(found.taps)} taps, {found.channels:,} channels; weights {loaded.weights}; input {height} x {width}")
+    if found.idle:
+        print(f"never run by the network: {', '.join(found.idle)}")
+    return 0
+
+
+def _describe(field: Any) -> tuple[str, str]:
+    """A field's size and stride in words."""
+    if field.is_global and not field.is_gated:
+        return "whole input", ""
+    gate = ", gated by the whole input" if field.is_gated else ""
+    stride = "" if 0 in field.stride else _by(tuple(f"{pixels:g}" for pixels in field.stride))
+    return _by(field.size) + gate, stride
+
+
+def _by(sides: tuple[Any, ...]) -> str:
+    return f"{sides[0]} x {sides[1]}"
+
+
+def _draw(loaded: Any, found: Any, fields: Any, name: str, image: str | None, out: str) -> int:
+    """Draws the field of the unit in the middle of a tap's map."""
+    import numpy as np
+
+    from maxact.catalog import Catalog
+    from maxact.crops import visible
+    from maxact.errors import UsageError
+    from maxact.files import writing
+    from maxact.inputs import Inputs
+    from maxact.preprocess import near
+    from maxact.render.field import draw as draw_field
+
+    taps = {tap.name: tap for tap in found.taps}
+    if name not in taps:
+        raise UsageError(f"draw: {loaded.name} has no tap {name!r}{near(name, list(taps))} (`maxact layers` lists all)")
+    height, width = loaded.preprocess.crop
+    pixels = np.full((height, width, 3), 160, np.uint8)
+    if image is not None:
+        catalog = Catalog.build(image, limit=1)
+        with Inputs(catalog, loaded.preprocess, decoder="auto", max_pixels=200_000_000) as inputs:
+            read, bad = inputs.get([0])
+        if bad:
+            raise UsageError(f"{bad[0].key}: {bad[0].error}")
+        pixels = visible(read[0].pixels).round().byte().permute(1, 2, 0).numpy()
+    rows, columns = taps[name].map
+    with writing(Path(out)):
+        draw_field(pixels, fields[name], (rows // 2, columns // 2)).save(out)
+    print(f"{out}: the field of the unit in row {rows // 2}, column {columns // 2} of {name}")
+    return 0
+
+
+def info(store: str, as_json: bool) -> int:
+    """`maxact info`."""
+    from maxact.info import describe
+    from maxact.progress import print_table
+    from maxact.store import Store
+
+    facts = describe(Store(store))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for name, value in facts.items():
+        if name not in ("taps", "errors"):
+            print(f"{name:14} {value if isinstance(value, str) else json.dumps(value)}")
+    if facts["taps"]:
+        print()
+        print_table(tuple(facts["taps"][0]), [tuple(tap.values()) for tap in facts["taps"]])
+    if facts["errors"]:
+        print()
+        print_table(tuple(facts["errors"][0]), [tuple(bad.values()) for bad in facts["errors"][:20]], "bad images")
+        if len(facts["errors"]) > 20:
+            print(f"and {len(facts['errors']) - 20} more, in errors.parquet")
+    return 0
+
+
+def export(store: str, out: str) -> int:
+    """`maxact export`."""
+    from maxact.export import export
+
+    print(f"{out}: {export(store, out):,} rows")
+    return 0
+
+
+def demo(out: str, quiet: bool, overwrite: bool) -> int:
+    """`maxact demo`."""
+    from maxact import demo, run, run_project
+    from maxact.progress import counting, display, print_table
+    from maxact.render.gallery import write_gallery
+    from maxact.render.mosaic import write_mosaics
+
+    folder = Path(out)
+    place = folder / "demo.zarr"
+    running: dict[str, Any] = {"overwrite": overwrite, "native_log": True}
+    with display(quiet) as report:
+        count = demo.write_tiles(folder / "tiles")
+        store = run.scan("maxact.demo:network", folder / "tiles", place, report=report, **running)
+        channels = demo.telling_channels(store)
+        store = run_project.project(store, channels=channels, method=demo.METHODS, report=report, **running)
+        gallery = write_gallery(store, folder / "gallery", report=counting(report, "drawing", "sprites"))
+        sheets = write_mosaics(store, folder / "mosaic", layers=demo.MOSAICS)
+    rows = []
+    for name in store:
+        results = store[name]
+        strongest = channels[name][0]
+        best = results.top(strongest).slice(0, 1).to_pylist()[0]
+        alive = results.tap.channels - int(results.dead.sum())
+        rows.append((name, results.tap.kind, results.tap.channels, alive, strongest, best["score"], best["key"]))
+    print_table(("tap", "kind", "channels", "alive", "channel", "highest", "in"), rows)
+    print(f"scanned {count:,} tiles of photographs through EfficientNet-lite0, projected the winners of some channels")
+    print(f"  the gallery: {gallery.resolve().as_uri()}")
+    print(f"  mosaics, as in the papers: {sheets[0]} and {len(sheets) - 1} more")
+    print(f"  the store: {place} (look inside with `maxact info {place}`)")
+    return 0
+
+
+def _summary(store: Any) -> str:
+    facts = store.manifest.summary
+    left_out = "".join(f", {facts[name]:,} {name}" for name in ("bad", "grey") if facts[name])
+    channels = sum(tap.channels for tap in store.manifest.taps)
+    return f"{facts['scanned']:,} of {facts['images']:,} images{left_out}; {len(store)} taps, {channels:,} channels"

@@ -1,0 +1,56 @@
+"""Reading one image of a catalog, with patience, and what is said of one that cannot be read."""
+
+from __future__ import annotations
+
+import errno
+
+import tenacity
+
+from maxact.catalog import Catalog, Entry
+from maxact.errors import MaxactError
+from maxact.partial import BadImage
+
+FEW = 2  # so many that cannot be read are bad files, however few there are in all
+# A read that fails is tried again after these pauses, about 3 s in all: long enough for a server to come back to a
+# mount, short enough for the few files that are really gone.
+_again = tenacity.Retrying(
+    retry=tenacity.retry_if_exception_type(OSError),
+    wait=tenacity.wait_exponential(multiplier=0.2),
+    stop=tenacity.stop_after_attempt(5),
+    reraise=True,
+)
+
+
+class Unreadable(MaxactError):
+    """Too many images cannot be read: the storage is gone, not some files."""
+
+
+def fetch(catalog: Catalog, entry: Entry) -> object:
+    """What `catalog.read` gives, tried again where that may help. Raises as it does."""
+    try:
+        return catalog.read(entry)
+    except OSError as error:
+        if was_missing(entry) or _is_damage(error):
+            raise
+        return _again(catalog.read, entry)
+
+
+def failure(entry: Entry, error: Exception) -> BadImage:
+    """An image that could not be read, for the record."""
+    return BadImage(entry.number, entry.key, "decode" if _is_damage(error) else "read", _reason(error))
+
+
+def was_missing(entry: Entry) -> bool:
+    """Whether the file was already missing when the catalog was made."""
+    return entry.length == 0 and entry.modified == 0
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a Dataset's picture is damaged: PIL says so in an OSError that has no number."""
+    return isinstance(error, OSError) and error.errno is None and not isinstance(error, ConnectionError | TimeoutError)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})"
+    return " ".join(str(error).split()) or type(error).__name__

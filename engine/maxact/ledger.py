@@ -1,0 +1,61 @@
+"""What a second pass has done so far: one small file in the store, replaced whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maxact.errors import MaxactError
+from maxact.files import replace_file
+from maxact.partial import BadImage
+
+
+@dataclass
+class Ledger:
+    """The settings of the pass, for every list (`tap/score/end`) the channels that are done, and what went wrong.
+
+    `deviation` is the largest difference between a recomputed score and the stored one, as a share of the stored one
+    or of the channel's standard deviation, whichever is larger; `settled` the same between the float32 scores that
+    settled the order and the 16-bit ones of the scan. `whole` names the taps whose winners had to be projected on
+    whole images.
+    """
+
+    settings: dict[str, Any]
+    done: dict[str, list[int]] = field(default_factory=dict)
+    bad: dict[int, BadImage] = field(default_factory=dict)
+    deviation: float = 0.0
+    settled: float = 0.0
+    whole: list[str] = field(default_factory=list)
+
+    def left(self, place: str, channels: Iterable[int]) -> list[int]:
+        """Those of some channels of a list that are not done."""
+        done = set(self.done.get(place, ()))
+        return [channel for channel in channels if channel not in done]
+
+    def add(self, place: str, channels: Iterable[int]) -> None:
+        """Counts channels as done."""
+        self.done[place] = sorted({*self.done.get(place, ()), *channels})
+
+    def facts(self) -> dict[str, Any]:
+        """What the store says of the pass."""
+        return self.settings | {"deviation": self.deviation, "settled": self.settled, "whole": self.whole}
+
+    def save(self, path: Path) -> None:
+        """Writes it, all or nothing. Raises OSError where that cannot be done."""
+        values = asdict(self) | {"bad": [asdict(bad) for bad in self.bad.values()]}
+        replace_file(path, lambda aside: aside.write_text(json.dumps(values)))
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger | None:
+        """What `save` wrote; None where nothing was. Raises MaxactError where the file is damaged."""
+        try:
+            values = json.loads(path.read_text())
+            bad = {each["image"]: BadImage(**each) for each in values.pop("bad")}
+            return cls(**values, bad=bad)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MaxactError(f"{path}: is damaged ({error}); project again with --overwrite") from error

@@ -1,0 +1,51 @@
+"""The numbers and the memory of a pass: IEEE float32, repeatable algorithms, pages that stay."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+@contextmanager
+def numerics(threads: int) -> Iterator[None]:
+    """float32 that is IEEE float32, the same algorithms every time, and `threads` CPU threads; then as before."""
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    flags = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, True, False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keeps freed memory in the process while the scan runs, where the C library is glibc.
+
+    It hands every large block back to the system, and the next batch's maps meet pages that have to be cleared
+    again: a quarter of a ResNet-18's time on a CPU. Afterwards all of it goes back, and glibc's first thresholds
+    stand, without their growing by themselves.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    if not libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # as much as an older one takes
+    libc.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(-1))
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+        libc.mallopt(_M_TRIM_THRESHOLD, 128 << 10)
+        libc.malloc_trim(0)

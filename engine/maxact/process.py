@@ -1,0 +1,109 @@
+"""How a run shows itself: how far it is, signals that end it in good order, and the log beside its result."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from maxact.decode import native_stderr
+from maxact.errors import MaxactError
+from maxact.files import writing
+
+log = logging.getLogger("maxact")
+
+
+class Interrupted(MaxactError):
+    """The run was stopped by a signal, after a commit."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: how much there is in all, was done when it started, and is done in it; bad and grey images
+    among that; the seconds that it has waited for images, and those that it has taken; what it does, in what unit."""
+
+    total: int
+    before: int
+    done: int = 0
+    bad: int = 0
+    grey: int = 0
+    waited: float = 0.0
+    seconds: float = 0.0
+    stage: str = "scanning"
+    unit: str = "images"
+
+
+@contextmanager
+def signals(stop: threading.Event) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM set `stop` and are listed; a second one ends the process at once, as it would have."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        stop.set()
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+class _LogFile(logging.Handler):
+    """Appends messages to a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.INFO)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for as long as the handler is)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # a full disk: the next commit will say so
+            self.file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+
+
+@contextmanager
+def log_file(path: Path, native: bool) -> Iterator[None]:
+    """Inside, messages go to a file too, and where `native` also what C libraries print to standard error."""
+    with writing(path):
+        handler = _LogFile(path)
+    # without any handler Python prints warnings by itself; this one must not stop that
+    added: list[logging.Handler] = [handler]
+    if logging.lastResort and not log.hasHandlers():
+        added.append(logging.lastResort)
+    for each in added:
+        log.addHandler(each)
+    try:
+        with native_stderr(handler.file.fileno()) if native else nullcontext():
+            yield
+    except BaseException as error:
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (str(error) or repr(error),), None))
+        raise
+    finally:
+        for each in added:
+            log.removeHandler(each)
+        handler.file.close()
+
+
+def show_bytes(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
