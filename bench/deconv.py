@@ -35,6 +35,7 @@ from maxact.run import find_taps
 from maxact.tap import Tap
 
 RANKS = 9
+ALONE = 0.75  # of the work: below it, winners of one image gain more by windows than by one forward pass for all
 TOLERANCE = 1e-2  # of a signal's length: in float32 a switch of a pool may fall to either side
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -63,16 +64,19 @@ def winners(images: torch.Tensor, tap: Tap, channels: int) -> Winners:
     return Winners(images, index, chosen.repeat(RANKS), position)
 
 
-def by_maxact(network: nn.Module, tap: Tap, field: Field, batch: int) -> Callable[[Winners], torch.Tensor]:
+def by_maxact(
+    network: nn.Module, tap: Tap, field: Field, convolutions: list[tuple[Tap, Field]], batch: int
+) -> Callable[[Winners], torch.Tensor]:
     """As the second pass does it: signals [N, 3, h, w], of patches or whole images, and where they lie."""
     cut = patches.cut(field)
+    windows = patches.Windows(cut, tap, convolutions, network)
     height, width = cut.size
     many = max(1, batch * cut.shape[0] * cut.shape[1] // (height * width))  # as many pixels as whole images
 
     def run(mine: Winners) -> torch.Tensor:
         signal = torch.empty(len(mine.index), 3, height, width)
         with Projector(network, tap) as projector:
-            if cut.is_whole:
+            if cut.is_whole and windows.work > ALONE:
                 for part in share(mine.index, batch):
                     numbers, index = np.unique(mine.index[part], return_inverse=True)
                     projected = projector(mine.images[numbers], index, mine.channel[part], mine.position[part])
@@ -81,7 +85,8 @@ def by_maxact(network: nn.Module, tap: Tap, field: Field, batch: int) -> Callabl
                 for part in np.split(np.arange(len(mine.index)), range(many, len(mine.index), many)):
                     patch = cut.take(mine.images, mine.index[part], cut.corner(mine.position[part]))
                     unit = cut.unit(mine.position[part])
-                    signal[part] = projector(patch, range(len(part)), mine.channel[part], unit).signal
+                    window = windows.at(mine.position[part])
+                    signal[part] = projector(patch, range(len(part)), mine.channel[part], unit, window).signal
         return signal
 
     return run
@@ -157,9 +162,12 @@ def main() -> None:
             for module in plain.modules():
                 if isinstance(module, nn.ReLU):
                     module.inplace = False
-            network = model.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network = model.network.to(memory_format=torch.channels_last)
             found = find_taps(model)
             fields = of_taps(network, found.taps, model.preprocess.crop)
+            inner = [tap for tap in find_taps(model, at="module").taps if tap.kind == "Conv2d"]
+            each = of_taps(network, inner, model.preprocess.crop)
+            convolutions = [(tap, each[tap.name]) for tap in inner]
             images = read(model, args.images, args.channels * RANKS)
             middle = found.taps[len(found.taps) // 2]
             probe = winners(images, middle, 1).some(8)
@@ -179,7 +187,7 @@ def main() -> None:
                 mine = winners(images, tap, args.channels)
                 runs = {
                     "captum": by_captum(plain, tap, batch, LAYOUTS[layout]),
-                    "maxact": by_maxact(network, tap, fields[tap.name], args.batch),
+                    "maxact": by_maxact(network, tap, fields[tap.name], convolutions, args.batch),
                 }
                 first = mine.some(1)
                 check(runs["maxact"](first), runs["captum"](first), fields[tap.name], first, tap)

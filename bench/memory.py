@@ -31,7 +31,6 @@ from maxact.numerics import kept_memory, numerics
 from maxact.run import find_taps
 from maxact.scan import Job, scan
 
-
 POINTS = 10  # so often a run looks its memory up
 
 
@@ -61,6 +60,7 @@ def one(what: str, model_name: str, paths: str, images: int, crop: int) -> Memor
     device = torch.device("cpu")
     settings = ScanConfig(shard=1024).resolve(device)
     assert settings.batch and settings.shard
+    Catalog.build(paths, limit=1)  # what it imports is no image's
     before = resident()
     catalog = Catalog.build(paths, limit=images)
     taken = resident() - before

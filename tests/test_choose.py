@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import maxact
+from maxact.choose import choose_taps, file_names, parse_channels
 from maxact.errors import UsageError
-from maxact.render.choose import choose_taps, file_names, parse_channels
 
 
 @pytest.mark.parametrize(

@@ -161,34 +161,43 @@ def test_gates_leave_the_local_field() -> None:
 # Published sizes.
 
 
-def test_vgg16_has_its_published_sizes() -> None:
-    """conv1_1 to conv5_3 of Simonyan and Zisserman's VGG-16: 3 x 3 convolutions and 2 x 2 pools in the recursion
-    r += (k - 1) * j, j *= s; pool5 has 212 (Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional
-    Neural Networks", Distill 2019, give 212 for vgg_16 at its last pool, with stride 32)."""
+def test_vgg16_layer_by_layer() -> None:
+    """conv1_1 to conv5_3: 3 x 3 convolutions and 2 x 2 pools by the recursion r += (k - 1) * j, j *= s."""
     network = torchvision.models.vgg16(weights=None).eval()
     found = fields(network, 224)
     sizes = [field.size for name, field in found.items() if name.startswith("features")]
     expected = (3, 5, 10, 14, 24, 32, 40, 60, 76, 92, 132, 164, 196)
     assert sizes == [(each, each) for each in expected]
     assert found["classifier.0"].is_global
-    pool = taps.find(*model_and_images(network, 64), layers=["features.30"]).taps
-    assert of_taps(network, pool, (64, 64))["features.30"].size == (212, 212)
-    assert of_taps(network, pool, (64, 64))["features.30"].stride == (32.0, 32.0)
 
 
-def test_resnet50_has_its_published_sizes() -> None:
-    """torchvision's strides are in the 3 x 3 convolutions (v1.5), where the same article's 483 for resnet_v1_50 is
-    for TF-slim, whose strides come at the end of a block. The same recursion gives 427 for torchvision's."""
-    network = torchvision.models.resnet50(weights=None).eval()
-    found = fields(network, 64)
-    assert found["bn1"].regular == {"size": [7, 7], "start": [-3, -3], "stride": [2, 2]}
-    size, jump = 11, 4  # after the first pool
-    for layer, (blocks, stride) in enumerate(((3, 1), (4, 2), (6, 2), (3, 2)), 1):
-        for block in range(blocks):
-            size, jump = size + 2 * jump, jump * (stride if block == 0 else 1)
-        field = found[f"layer{layer}.{blocks - 1}.bn3"]
-        assert (field.size, field.stride) == ((size, size), (float(jump), float(jump)))
-    assert (size, jump) == (427, 32)
+def slim_resnet50() -> nn.Module:
+    """TF-slim's: the stride at the end of a block instead of at its beginning, and none in the last."""
+    network = build("resnet50")
+    layers = [network.get_submodule(f"layer{number}") for number in (1, 2, 3, 4)]
+    for layer in layers:
+        layer[0].conv2.stride = layer[0].downsample[0].stride = (1, 1)
+    for layer in layers[:3]:
+        layer[-1].conv2.stride, layer[-1].downsample = (2, 2), nn.MaxPool2d(1, 2)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "size"),
+    [
+        *(("alexnet", "features.12", 195), ("vgg16", "features.30", 212), ("inception_v3", "Mixed_7c", 1311)),
+        *(("slim", "layer4", 483), ("resnet50", "layer4", 427)),
+    ],
+)
+def test_published_sizes(name: str, place: str, size: int) -> None:
+    """195, 212, 1311, and 483 for TF-slim's resnet_v1_50: the table of Araujo, Norris and Sim, "Computing Receptive
+    Fields of Convolutional Neural Networks", Distill 2019, in its library (google-research/receptive_field). torchvision's, whose strides come at the beginning of a block, has
+    427 by the same recursion: 11 after the pool, then 3, 4, 6 and 3 blocks of 2 * 4, 8, 16 and 32, of which the first
+    of each layer but the first still has the stride before."""
+    network = slim_resnet50() if name == "slim" else build(name)
+    wanted = taps.find(*model_and_images(network, 96), layers=[place]).taps
+    field = of_taps(network, wanted, (96, 96))[place]
+    assert (field.size, field.stride, field.step) == ((size, size), (32.0, 32.0), (32, 32))
 
 
 # Both methods.

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torchvision import models
 
-from maxact import demo
+from maxact import demo, patches
+from maxact.config import At
 from maxact.deconv import Projector
 from maxact.field import Field
 from maxact.fields import of_taps
 from maxact.models import Normalised
-from maxact.patches import Cut, cut
+from maxact.patches import Cut, Windows, cut
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
 from maxact.taps import find
@@ -76,10 +77,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
 }
 
 
-def taps_and_fields(network: nn.Module, size: tuple[int, int], layers: list[str]) -> list[tuple[Tap, Field]]:
+def taps_and_fields(
+    network: nn.Module, size: tuple[int, int], layers: list[str], at: At = "norm"
+) -> list[tuple[Tap, Field]]:
     network.eval().requires_grad_(False)
     wrapped = Normalised(network, Preprocess(crop=size))
-    taps = find(wrapped, torch.zeros((2, *size, 3), dtype=torch.uint8), layers).taps
+    taps = find(wrapped, torch.zeros((2, *size, 3), dtype=torch.uint8), layers, at).taps
     fields = of_taps(network, taps, size)
     return [(tap, fields[tap.name]) for tap in taps]
 
@@ -99,11 +102,16 @@ def pasted(cut: Cut, corners: np.ndarray, signal: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_patch_gives_what_the_whole_image_gives(name: str) -> None:
-    """In double precision, so that a rectifier on the edge does not fall to either side by rounding."""
+def test_a_patch_gives_what_the_whole_image_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In double precision, so that a rectifier on the edge does not fall to either side by rounding. And with windows,
+    however little they save."""
+    monkeypatch.setattr(patches, "_BALANCE", 0)
+    monkeypatch.setattr(patches, "_LEAST", 0)
     build, side, layers = NETWORKS[name]
     network, size = build().double(), (side, side + 12)
     images = torch.randn((2, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    convolutions = [(tap, field) for tap, field in taps_and_fields(network.float(), size, [], "module")]
+    convolutions = [each for each in convolutions if isinstance(network.get_submodule(each[0].module), nn.Conv2d)]
     smaller = 0
     for tap, field in taps_and_fields(network.float(), size, layers):
         network.double()
@@ -117,6 +125,12 @@ def test_a_patch_gives_what_the_whole_image_gives(name: str) -> None:
             corners = found.corner(positions)
             patch = found.take(images, index, corners)
             part = projector(patch, range(len(positions)), channels, found.unit(positions))
+            windows = Windows(found, tap, convolutions, network)
+            less = projector(patch, range(len(positions)), channels, found.unit(positions), windows.at(positions))
+        assert 0 < windows.work < 1 or tap.layer == convolutions[0][0].layer
+        assert not any("Window" in name for name in projector.undefined)
+        torch.testing.assert_close(less.score, part.score, rtol=1e-9, atol=1e-12)
+        assert bool(((less.signal - part.signal).abs() <= 1e-9 * part.signal.abs().amax()).all()), tap.name
         assert part.signal.shape[2:] == found.size
         torch.testing.assert_close(part.score, whole.score, rtol=1e-9, atol=1e-12)
         signal = pasted(found, corners, part.signal)
@@ -209,7 +223,27 @@ def test_take(layout: torch.memory_format) -> None:
     images = torch.arange(2 * 3 * 40 * 50).view(2, 3, 40, 50).contiguous(memory_format=layout)
     positions = np.array([[0, 0], [17, 22], [5, 9], [9, 5]])
     corners, index = found.corner(positions), [1, 0, 0, 1]
-    patches = found.take(images, index, corners)
-    assert patches.shape == (4, 3, *found.size) and patches.is_contiguous(memory_format=torch.channels_last)
+    taken = found.take(images, index, corners)
+    assert taken.shape == (4, 3, *found.size) and taken.is_contiguous(memory_format=torch.channels_last)
     for place, (y, x) in enumerate(corners.tolist()):
-        assert torch.equal(patches[place], images[index[place], :, y : y + found.size[0], x : x + found.size[1]])
+        assert torch.equal(taken[place], images[index[place], :, y : y + found.size[0], x : x + found.size[1]])
+
+
+def test_windows_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three convolutions of 3 x 3 with padding: a unit of the third needs 3 x 3 of the second, 5 x 5 of the first."""
+    network = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+    found = taps_and_fields(network, (40, 50), [], "module")
+    tap, field = found[-1]
+    assert cut(field).size == (7, 7) and cut(field).corner([[10, 12]]).tolist() == [[7, 9]]
+    windows = Windows(cut(field), tap, found, network)
+    assert windows.at([[10, 12]]) == {} and windows.work == 1  # too little to be worth it
+    monkeypatch.setattr(patches, "_BALANCE", 0)
+    monkeypatch.setattr(patches, "_LEAST", 0)
+    windows = Windows(cut(field), tap, found, network)
+    at = windows.at([[10, 12], [0, 0], [39, 49]])
+    assert {name: (starts.tolist(), size) for name, (starts, size) in at.items()} == {
+        ("0", 0): ([[1, 1], [0, 0], [2, 2]], (5, 5)),
+        ("1", 0): ([[2, 2], [0, 0], [4, 4]], (3, 3)),
+        ("2", 0): ([[3, 3], [0, 0], [6, 6]], (1, 1)),
+    }
+    assert windows.work == (25 + 9 + 1) / (3 * 49)

@@ -26,8 +26,8 @@ def scan(model: str, images: list[str], store: str, quiet: bool, **settings: Any
 def project(store: str, quiet: bool, channels: str | None, **settings: Any) -> int:
     """`maxact project`."""
     from maxact import run_project
+    from maxact.choose import parse_channels
     from maxact.progress import display
-    from maxact.render.choose import parse_channels
 
     numbers = None if channels is None else parse_channels(channels)
     for name in ("layers", "method"):
@@ -55,9 +55,9 @@ def render(
     quiet: bool,
 ) -> int:
     """`maxact render`."""
+    from maxact.choose import parse_channels
     from maxact.process import show_bytes
     from maxact.progress import counting, display
-    from maxact.render.choose import parse_channels
     from maxact.render.filters import write_filters
     from maxact.render.gallery import measure, write_gallery
     from maxact.render.labels import read_label_names

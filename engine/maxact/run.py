@@ -217,7 +217,8 @@ def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
         store.tidy()
         log.info("%s: done already, %d images", store.path, len(job.catalog))
         return store
-    schedule = Schedule[Partial](store, retry_errors=job.run.retry_errors, allowed_bad=job.run.allowed_bad(len(job.catalog)))
+    allowed = job.run.allowed_bad(len(job.catalog))
+    schedule = Schedule[Partial](store, retry_errors=job.run.retry_errors, allowed_bad=allowed)
     if store.manifest.finished:
         store.reopen()
     before = schedule.images_done

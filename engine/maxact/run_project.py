@@ -19,6 +19,7 @@ from torch import nn
 
 from maxact import crops, schedule, thumbs
 from maxact.catalog import Catalog, is_dataset
+from maxact.choose import choose_taps
 from maxact.config import Crop, Method, ProjectConfig, RunConfig, Seed, cores
 from maxact.errors import MaxactError, UsageError
 from maxact.fetch import Unreadable
@@ -32,7 +33,6 @@ from maxact.process import Interrupted, Progress, log_file, show_bytes, signals
 from maxact.project import Block, Job, Result
 from maxact.project import project as project_blocks
 from maxact.provenance import describe_source
-from maxact.render.choose import choose_taps
 from maxact.results import Peaks
 from maxact.run_settle import Settling
 from maxact.settle import EXPLAINED

@@ -17,10 +17,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from maxact.choose import choose_taps, file_names
 from maxact.config import cores
 from maxact.errors import MaxactError, UsageError
 from maxact.files import writing
-from maxact.render.choose import choose_taps, file_names
 from maxact.render.site import BOXES, GENERATOR, ListPage, TapPage, number, write_site
 from maxact.render.sprites import Pictures, Sprites, encode
 from maxact.results import TapResults

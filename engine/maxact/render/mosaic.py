@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
+from maxact.choose import choose_taps, file_names
 from maxact.errors import MaxactError, UsageError
-from maxact.render.choose import choose_taps, file_names
 from maxact.render.figure import draw_figure, figure_pages
 from maxact.render.page import GREY, HEADING, MARGIN, Format, Medium, Page, numbers, write_pages
 from maxact.render.tiles import Kind, Tiles

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maxact.errors import MaxactError
-from maxact.render.tiles import SMALL
+from maxact.render.tiles import SMALL, stretch
 from maxact.store import Store
 from maxact.thumbs import Thumbs
 from maxact.topk import List
@@ -197,7 +197,7 @@ class Sprites:
             return _pixels(image.crop((x0, y0, x0 + tiles.width, y0 + tiles.height)))  # black beyond the image
         if name != "crop" and not np.isfinite(values[name.replace("projection", "projection_scale")][row, rank]):
             return None
-        found: Pixels = values[name][row, rank]
+        found: Pixels = values[name][row, rank] if name == "crop" else stretch(values[name][row, rank])
         if found.shape[:2] == (tiles.height, tiles.width):
             return found
         if name == "crop":  # the thumb is missing, and with it what lies around the field
