@@ -149,7 +149,7 @@ def check(mine: torch.Tensor, theirs: torch.Tensor, field: Field, first: Winners
 def main() -> None:
     """Measures and reports."""
     args = arguments(
-        __doc__ or "", images="", networks="vgg16,resnet50", channels=8, batch=16, rounds=1, threads=cores(), taps=":"
+        __doc__ or "", images="", networks="vgg16,resnet50", channels=8, batch=16, rounds=3, threads=cores(), taps=":"
     )
     warnings.filterwarnings("ignore", module="captum")
     rows: list[tuple[object, ...]] = []

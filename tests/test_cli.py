@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 import tiny
@@ -180,6 +181,43 @@ def test_layers(run: Run) -> None:
     assert some.out.splitlines()[-1] == "4 taps, 2,048 channels; weights none (random); input 64 x 64"
 
 
+def test_drawing_a_field(run: Run, photos: Path, inside: Path) -> None:
+    done = run("layers", "tiny:network", "--crop", 64, "--draw", "bn1", "--image", photos, "--out", "one.png")
+    assert (done.code, done.err) == (0, "") and done.out.startswith("one.png: the field of the unit in row ")
+    assert run("layers", "tiny:network", "--crop", 64, "--draw", "bn1").code == 0
+    with Image.open("one.png") as one, Image.open("field.png") as blank:
+        assert one.size == blank.size and one.tobytes() != blank.tobytes()
+    wrong = run("layers", "tiny:network", "--draw", "bn7")
+    assert wrong.code == 2 and "draw: tiny:network has no tap 'bn7' (near: bn" in wrong.err
+
+
+def test_project_and_render(run: Run, photos: Path, inside: Path) -> None:
+    assert run("scan", "tiny:network", photos, "x.zarr", *ARGUMENTS, "--quiet").code == 0
+    early = run("render", "x.zarr", "site")
+    assert early.code == 1 and early.err.count("\n") == 1 and "project" in early.err
+    done = run("project", "x.zarr", "--channels", "0-2,5", "--ranks", 3, "--method", "guided", "--method", "gradient")
+    assert (done.code, done.out) == (0, "x.zarr: projected (`maxact render x.zarr OUT` shows it)\n")
+    winners = Store("x.zarr").winners("bn1")
+    assert winners.projected().nonzero()[0].tolist() == [0, 1, 2, 5]
+    assert (winners.layout.shown, winners.layout.methods) == (3, ("guided", "gradient"))
+    other = run("project", "x.zarr", "--ranks", 4)
+    assert other.code == 1 and "was projected otherwise (ranks: 3, not 4; methods: " in other.err
+    site = run("render", "x.zarr", "site", "--layers", "bn1")
+    assert site.code == 0 and site.out == "site/index.html\n" and re.search(r"\d+ channels, about ", site.err)
+    sheets = run("render", "x.zarr", "sheets", "--mosaic", "--filters", "--channels", 5, "--quiet")
+    assert (sheets.code, sheets.out) == (0, "")
+    assert {"filters.png", "bn1-crops-01.png", "bn1-projections-01.png", "bn1-5.png"} <= names(inside / "sheets")
+    assert run("render", "x.zarr", "print", "--mosaic", "--format", "pdf", "--across", 4, "--layers", "bn1").code == 0
+    assert names(inside / "print") == {"bn1-across-crops.pdf", "bn1-across-projections.pdf"}
+    for words, said in (
+        (("--channels", "3-1"), "channels: expected a range from low to high"),
+        (("--layers", "bn7"), "layers: x.zarr has no tap that matches 'bn7'; close to it: bn"),
+        (("--label-names", "nowhere.txt"), "nowhere.txt"),
+    ):
+        wrong = run("render", "x.zarr", "site", *words)
+        assert wrong.code in (1, 2) and said in wrong.err and wrong.err.count("\n") == 1
+
+
 def test_info_of_a_store_with_errors(run: Run, photos: Path, inside: Path) -> None:
     shutil.copytree(photos, "photos")
     for path in sorted(Path("photos").rglob("*.jpg"))[:2]:
@@ -262,6 +300,8 @@ def mistakes() -> dict[str, tuple[list[str], int, str]]:
         ),
         "the user's own list": (["scan", "tiny:network", "PHOTOS", "data"], 1, "data: there is something else here"),
         "a demo in a file": (["demo", "bad.pth", "--quiet"], 1, "bad.pth/tiles: cannot be written (Not a directory)"),
+        "no store to project": (["project", "empty"], 1, "empty: not a maxact store"),
+        "no store to render": (["render", "empty", "site"], 1, "empty: not a maxact store"),
         "a folder in the way": ([*scan[:3], "full", "--overwrite"], 1, "full: there is something else here"),
     }
 

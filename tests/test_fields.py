@@ -191,9 +191,12 @@ def slim_resnet50() -> nn.Module:
 )
 def test_published_sizes(name: str, place: str, size: int) -> None:
     """195, 212, 1311, and 483 for TF-slim's resnet_v1_50: the table of Araujo, Norris and Sim, "Computing Receptive
-    Fields of Convolutional Neural Networks", Distill 2019, in its library (google-research/receptive_field). torchvision's, whose strides come at the beginning of a block, has
-    427 by the same recursion: 11 after the pool, then 3, 4, 6 and 3 blocks of 2 * 4, 8, 16 and 32, of which the first
-    of each layer but the first still has the stride before."""
+    Fields of Convolutional Neural Networks", Distill 2019, in its library (google-research/receptive_field).
+
+    torchvision's ResNet-50, whose strides come at the beginning of a layer, is not in it. By hand: 11 after the pool,
+    then 3 blocks add 2 * 4 each; of the others the first adds two units of the stride before, the rest two of its
+    own: 11 + 3 * 8 + (8 + 3 * 16) + (16 + 5 * 32) + (32 + 2 * 64) = 427.
+    """
     network = slim_resnet50() if name == "slim" else build(name)
     wanted = taps.find(*model_and_images(network, 96), layers=[place]).taps
     field = of_taps(network, wanted, (96, 96))[place]

@@ -27,7 +27,7 @@ _OVERLAP = 0.5
 _TILE = 224  # pixels of a tile as it is written
 
 METHODS: tuple[Method, ...] = ("guided", "deconvnet")
-MOSAICS = ("_blocks.3._bn2", "_blocks.8._bn0", "_blocks.15._bn2")  # taps at some depths
+MOSAICS = ("_blocks.5._bn0", "_blocks.8._bn2", "_blocks.10._bn0", "_blocks.11._bn1")  # taps at some depths
 _EACH = 4  # channels of each tap that are projected
 
 log = logging.getLogger("maxact")

@@ -170,8 +170,9 @@ class Tiles:
 
 
 def stretch(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A projection [h, w, 3] with more contrast: what differs from 128 is multiplied by a whole number, such that one in
-    fifty of its pixels is cut off at most. The store scales by the largest value, which often stands alone.
+    """A projection [h, w, 3] with more contrast: what differs from 128 is multiplied by a whole number.
+
+    One in fifty of its pixels is cut off at most. The store scales by the largest value, which often stands alone.
     """
     signal = levels.astype(np.int16) - 128
     strength = np.abs(signal).max(-1)
