@@ -20,8 +20,8 @@ from maxact import demo, taps
 from maxact.errors import MaxactError
 from maxact.field import Field, Intervals
 from maxact.fields import fields, of_taps
-from maxact.flow import Flow
-from maxact.influence import hulls, influence
+from maxact.fields.flow import Flow
+from maxact.fields.influence import hulls, influence
 from maxact.models import Normalised
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap

@@ -12,7 +12,7 @@ from torch import nn
 
 from maxact.errors import MaxactError
 from maxact.field import Field
-from maxact.influence import guess, hulls, measure
+from maxact.fields.influence import guess, hulls, measure
 
 
 def pairs(values: Any) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ def built(name: str) -> nn.Module:
     torch.manual_seed(0)
     options: dict[str, Any] = {"weights": None, "num_classes": 10}
     if name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": False}
+        options |= {"aux_logits": False, "init_weights": False, "transform_input": True}
     network = models.get_model(name, **options)
     if name == "inception_v3":  # too small an image for it, in `lively`
         for module in network.modules():

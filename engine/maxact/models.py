@@ -66,7 +66,7 @@ class Normalised(nn.Module):
             # rows of W * 3 values instead of an innermost axis of 3, which no CPU vectorises: ten times faster
             n, height, width, _ = images.shape
             rows = images.reshape(n, height, width * 3).to(torch.float32)
-            rows = torch.addcmul(self.shift.repeat(width), rows, self.scale.repeat(width))
+            torch.addcmul(self.shift.repeat(width), rows, self.scale.repeat(width), out=rows)
             images = rows.view(n, height, width, 3).permute(0, 3, 1, 2)  # [N, 3, H, W], channels_last
         return images
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from maxact.axes import Dim, moves, pooled, regrouped, still, unchanged
-from maxact.tables import NOWHERE, Table
+from maxact.fields.axes import Dim, moves, pooled, regrouped, still, unchanged
+from maxact.fields.tables import NOWHERE, Table
 
 NONE = -float(1 << 24)
 Pair = tuple[int, int]

@@ -19,9 +19,9 @@ from torch import nn
 from maxact import taps
 from maxact.errors import MaxactError
 from maxact.field import Field
-from maxact.flow import Flow
-from maxact.influence import measure
-from maxact.intervals import NONE, Reach
+from maxact.fields.flow import Flow
+from maxact.fields.influence import measure
+from maxact.fields.intervals import NONE, Reach
 from maxact.models import Normalised
 from maxact.preprocess import Preprocess, one_line
 from maxact.tap import Tap

@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from maxact import intervals as iv
-from maxact.call import Call, Unknown
-from maxact.intervals import NONE, Reach
-from maxact.rules import RULES, elementwise, view
+from maxact.fields import intervals as iv
+from maxact.fields.call import Call, Unknown
+from maxact.fields.intervals import NONE, Reach
+from maxact.fields.rules import RULES, elementwise, view
 
 log = logging.getLogger("maxact")
 

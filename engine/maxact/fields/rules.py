@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from maxact import axes, tables
-from maxact import intervals as iv
-from maxact.axes import Dim
-from maxact.call import ELEMENTWISE, Call, Unknown
-from maxact.intervals import NONE, Reach
+from maxact.fields import axes, tables
+from maxact.fields import intervals as iv
+from maxact.fields.axes import Dim
+from maxact.fields.call import ELEMENTWISE, Call, Unknown
+from maxact.fields.intervals import NONE, Reach
 
 _CONSTANT = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"} | {
     f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "empty_strided")

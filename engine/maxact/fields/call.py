@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from maxact.intervals import Reach
+from maxact.fields.intervals import Reach
 
 # elementwise, though torch does not mark them so
 ELEMENTWISE = {"hardswish", "_to_copy", "copy", "prelu", "_prelu_kernel", "native_dropout", "lift_fresh", "bernoulli"}
