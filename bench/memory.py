@@ -28,8 +28,8 @@ from maxact.decode import make_decoder
 from maxact.loader import load
 from maxact.models import load_model
 from maxact.numerics import kept_memory, numerics
-from maxact.run import find_taps
 from maxact.scan import Job, scan
+from maxact.taps import find_taps
 
 POINTS = 10  # so often a run looks its memory up
 

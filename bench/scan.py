@@ -27,8 +27,8 @@ from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import make_decoder
 from maxact.models import Model, load_model
 from maxact.numerics import kept_memory, numerics
-from maxact.run import find_taps
 from maxact.scan import Job, Tick, scan
+from maxact.taps import find_taps
 
 WARM_UP = 2  # batches that do not count
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maxact.errors import MaxactError
-from maxact.files import is_aside, replace_file, sync_tree, writing
+from maxact.files import is_aside, leftovers, replace_file, sync_tree, writing
 from stores import names
 
 
@@ -74,3 +74,10 @@ def test_sync_tree_takes_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_is_aside() -> None:
     assert is_aside(Path(".state-3.part")) and is_aside(Path("zarr.0123abcd.partial"))
     assert not any(map(is_aside, map(Path, ("state-3", "zarr.json", "part", "notes.part", ".hidden"))))
+
+
+def test_leftovers_are_files(tmp_path: Path) -> None:
+    for name in (".state-3.part", "zarr.0123abcd.partial", "notes.part"):
+        (tmp_path / name).touch()
+    (tmp_path / "features.partial").mkdir()
+    assert {path.name for path in leftovers(tmp_path.iterdir())} == {".state-3.part", "zarr.0123abcd.partial"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from selenium import webdriver
@@ -131,6 +132,57 @@ def test_sprites_that_are_there_stay(store: maxact.Store, tmp_path: Path) -> Non
     assert changed == sorted({paths[3], *(path for path in paths if "bn2" in path.parts)})
 
 
+def stamp_of(out: Path) -> str:
+    match = re.search(r'data-stamp="(\w+)"', (out / "index.html").read_text())
+    assert match is not None
+    return match[1]
+
+
+def test_sprites_are_never_stale(store: maxact.Store, tmp_path: Path) -> None:
+    """Other channels of the same block were drawn since they were."""
+    out = tmp_path / "out"
+    write_gallery(store, out, layers=["bn2"], channels=[0])
+    project(store, "bn2", size=40, seed=1)
+    write_gallery(store, out, layers=["bn2"], channels=[1])
+    write_gallery(store, out, layers=["bn2"])
+    write_gallery(store, tmp_path / "new", layers=["bn2"])
+    for channel in range(7):
+        name = f"img/bn2/max-top/{channel}.webp"
+        assert (out / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+    assert stamp_of(out) == stamp_of(tmp_path / "new")
+
+
+def test_thumbs_that_come_later_are_shown(store: maxact.Store, tmp_path: Path) -> None:
+    thumbs, aside = store.path / "thumbs.parquet", tmp_path / "thumbs.parquet"
+    thumbs.rename(aside)
+    write_gallery(store, tmp_path / "out")
+    before = stamp_of(tmp_path / "out")
+    aside.rename(thumbs)
+    write_gallery(store, tmp_path / "out")
+    write_gallery(store, tmp_path / "new")
+    assert stamp_of(tmp_path / "out") != before
+    for path in (tmp_path / "new/img").rglob("*.webp"):
+        assert (tmp_path / "out/img" / path.relative_to(tmp_path / "new/img")).read_bytes() == path.read_bytes()
+
+
+def test_a_cut_leaves_nothing_stale(store: maxact.Store, tmp_path: Path) -> None:
+    """Drawn from other projections, cut short, and drawn from the first ones again."""
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    write_gallery(store, out, layers=["bn2"])
+    first = {path: path.read_bytes() for path in (out / "img").rglob("max-top/*.webp")}
+    project(store, "bn2", size=40, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        write_gallery(store, out, layers=["bn2"], report=stop)
+    assert any(path.read_bytes() != data for path, data in first.items())
+    project(store, "bn2", size=40)
+    write_gallery(store, out, layers=["bn2"])
+    assert all(path.read_bytes() == data for path, data in first.items())
+
+
 def test_cut_short_it_goes_on(store: maxact.Store, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done > 4:  # within the second tap
@@ -175,6 +227,17 @@ def test_a_page_of_somebody_else_stays(store: maxact.Store, tmp_path: Path) -> N
 def test_a_place_that_cannot_be(store: maxact.Store, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(maxact.MaxactError, match="cannot be written"):
+        write_gallery(store, tmp_path / "out")
+
+
+def test_a_damaged_store_is_named(store: maxact.Store, tmp_path: Path) -> None:
+    """And not the place that is written to."""
+    path = store.path / "thumbs.parquet"
+    start = pq.ParquetFile(path).metadata.row_group(0).column(1).data_page_offset
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * 64)  # the head of a page: numbers stay readable
+    with pytest.raises(maxact.MaxactError, match=r"store\.zarr/thumbs\.parquet: .* is damaged; project again"):
         write_gallery(store, tmp_path / "out")
 
 
@@ -368,6 +431,32 @@ def test_dead_channels_first(page: Page, shown: maxact.Store) -> None:
     assert page.channels() == np.flatnonzero(dead).tolist()
     page.open("#/tap/last?show=live")
     assert page.channels() == np.flatnonzero(~dead).tolist()
+
+
+def test_a_gated_field_is_told_as_such(browser: webdriver.Chrome, store: maxact.Store, tmp_path: Path) -> None:
+    path = store.path / "bn2/zarr.json"
+    attributes = json.loads(path.read_text())
+    attributes["attributes"]["global"] = True  # as after a squeeze-excite
+    path.write_text(json.dumps(attributes))
+    page = Page(browser, write_gallery(store, tmp_path / "out").as_uri())
+    page.open()
+    told = page.texts(".tap .some")
+    assert "field 5 × 5 px, gated by the whole image · stride 2 px" in told[1]
+    assert "field the whole image" in told[2]
+
+
+def test_more_channels_come_until_the_page_is_full(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """On a screen so wide that the next channels do not move the button away."""
+    write_photographs(tmp_path / "photos", 3)
+    network = nn.Sequential(nn.Conv2d(3, 500, 3, stride=4))
+    network.preprocess = Preprocess(resize=32, crop=(32, 32))  # type: ignore[assignment]
+    store = copy_store(scan(tmp_path / "photos", tmp_path / "scanned.zarr", network), tmp_path / "store.zarr")
+    project(store, "0", channels=[0])
+    page = Page(browser, write_gallery(store, tmp_path / "out").as_uri())
+    page.open("#/tap/0", width=12000)
+    page.wait(lambda: len(page.all(".card")) == 500 and not page.all(".more")[0].is_displayed())
+    page.open("#/tap/0", width=1300)
+    assert len(page.all(".card")) < 500, "not before they are near"
 
 
 def test_filtering_by_label(page: Page, shown: maxact.Store) -> None:

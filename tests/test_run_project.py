@@ -177,6 +177,54 @@ def test_what_is_settled_is_not_settled_again(settled: Store, tmp_path: Path, ca
     assert_same(store, settled)
 
 
+def test_half_a_settled_list_is_not_read(halves: Store, settled: Store, tmp_path: Path) -> None:
+    """Cut short, a list is that of 16 bits until it is settled again."""
+    place = copied(settled, tmp_path / "x")
+    store, (tap, key) = Store(place), lists_of(settled)[0]
+    half = store[tap].lists[key]
+    store.write_settled(tap, key, half._replace(image=half.image[:, ::-1]), np.ones(len(half.image), bool))
+    for opened in (store, Store(place)):
+        assert repr(opened[tap].lists[key]) == repr(halves[tap].lists[key])
+        assert opened.settled(tap, key) == 0
+    assert_same(project(place).path, settled)
+
+
+def test_several_settling_runs_that_were_cut_short(
+    halves: Store, settled: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of some lists leaves what another has of others."""
+    store = copied(halves, tmp_path / "x")
+    caplog.set_level(logging.INFO)
+
+    def stopped(progress: Progress) -> None:
+        if progress.stage == "settling" and progress.done == COUNT:  # all, but nothing is written yet
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def states() -> set[str]:
+        return {name for name in names(store / "run") if name.startswith("settling")}
+
+    with pytest.raises(Interrupted):
+        project(store, report=stopped)
+    assert "settling the first 2 ranks of all channels of 3 taps in float32 on 70 images" in caplog.text
+    (first,) = states()
+    with pytest.raises(Interrupted):
+        project(store, layers="fc", report=stopped)
+    assert len(states()) == 2 and first in states()
+    project(store, layers="fc")
+    assert states() == {first}
+    projected = contents(store)
+    said: list[Progress] = []
+    project(store, report=said.append)
+    assert "settling" not in {each.stage for each in said}  # there was nothing left to do but to write
+    assert states() == set()
+    # what was projected has the lists that it was projected from
+    found = contents(store)
+    assert [name for name in projected if name.startswith("fc/") and found[name] != projected[name]] == []
+    for tap, key in lists_of(settled):
+        assert repr(Store(store)[tap].lists[key].image) == repr(settled[tap].lists[key].image)
+    assert names(store / "run") == names(settled.path / "run")
+
+
 def test_more_ranks_are_settled_again(halves: Store, settled: Store, exact: Store, tmp_path: Path) -> None:
     store = copied(settled, tmp_path / "x")
     with pytest.raises(MaxactError, match=r"was projected otherwise \(ranks: 2, not 4\)"):
@@ -524,7 +572,7 @@ def shifted(picture: Image.Image) -> torch.Tensor:
 
 def test_a_preprocess_function(photos: Path, tmp_path: Path) -> None:
     store = scan(photos, tmp_path / "x", preprocess="test_run_project:shifted")
-    project(store, layers="bn2")
+    store = project(store, layers="bn2")
     found = arrays(store, "bn2").winners
     assert np.isnan(found["source_box"]).all() and (found["crop_box"] >= -2).all()
     image = store["bn2"].lists["max", "top"].image[0, 0]
@@ -581,7 +629,7 @@ def test_too_little_room(finished: Store, tmp_path: Path, monkeypatch: pytest.Mo
     before = contents(store)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, (256 << 20) + 1000))
-        with pytest.raises(MaxactError, match=r"x: needs up to \d+ MB, and 268 MB are free; make room, or choose"):
+        with pytest.raises(MaxactError, match=r"x: needs up to \d+ kB, and 268 MB are free; make room, or choose"):
             project(store)
     assert contents(store) == before
     assert project(store, max_size=64, overwrite=True).winners("fc").projected().all()

@@ -116,11 +116,13 @@ def test_what_a_margin_is_for() -> None:
         assert after.deviation == pytest.approx(0.5 / (last + 0.5))
 
 
-def test_images_that_cannot_be_had_again() -> None:
+@pytest.mark.parametrize("unknown", [np.nan, np.inf, -np.inf])
+def test_images_that_cannot_be_had_again(unknown: float) -> None:
+    """Nor have those a score that overflow in float32."""
     stored = np.array([[5, 4, 3, 2], [5, 4, 3, 2]], np.float32)
     candidates = listed(stored, 4, "top")
     assert candidates.position is not None
-    exact = np.array([[1, np.nan, 3.5, 2], [5, 4, 3, 2]], np.float32)
+    exact = np.array([[1, unknown, 3.5, 2], [5, 4, 3, 2]], np.float32)
     after = settle(
         candidates.first(3),
         candidates,

@@ -6,11 +6,12 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 import maxact
-from maxact.render.sprites import Pictures, Sheet, Sprites, Tiles, encode
+from maxact.render.sprites import Cells, Pictures, Sheet, Sprites, encode
 from maxact.thumbs import write_thumbs
 from maxact.winners import Layout
 from projected import copy_store, project
@@ -35,7 +36,7 @@ def draw(sprites: Sprites, channel: int) -> np.ndarray:
     return drawn[channel - block.start]
 
 
-def tile(sprite: np.ndarray, tiles: Tiles, rank: int) -> np.ndarray:
+def tile(sprite: np.ndarray, tiles: Cells, rank: int) -> np.ndarray:
     y, x = tiles.place(rank)
     return sprite[y : y + tiles.height, x : x + tiles.width]
 
@@ -170,15 +171,47 @@ def test_a_damaged_picture_is_named(store: maxact.Store) -> None:
         Pictures(store)
 
 
+def test_a_damaged_file_of_pictures_is_named(store: maxact.Store) -> None:
+    path = store.path / "thumbs.parquet"
+    start = pq.ParquetFile(path).metadata.row_group(0).column(1).data_page_offset
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * 64)  # the head of a page: numbers stay readable
+    with pytest.raises(maxact.MaxactError, match=r"thumbs\.parquet: the picture of image 0 is damaged"):
+        Pictures(store)
+
+
 def test_the_digest_follows_the_content(store: maxact.Store) -> None:
     project(store, TAP)
     sprites = Sprites(store, TAP, ("max", "top"), Pictures(store))
     values = sprites.read(range(6))
-    assert sprites.digest(values) == sprites.digest(sprites.read(range(6)))
+    digests = [sprites.digest(values, row) for row in range(6)]
+    assert digests == [sprites.digest(sprites.read(range(row, 6)), 0) for row in range(6)], "its own alone"
     for name in values:
         changed = values[name].copy()
-        changed.flat[-1] += 1
-        assert sprites.digest(values | {name: changed}) != sprites.digest(values), name
+        changed[4].flat[-1] += 1
+        found = [sprites.digest(values | {name: changed}, row) for row in range(6)]
+        assert [row for row in range(6) if found[row] != digests[row]] == [4], name
+
+
+def test_the_digest_follows_the_thumbs(store: maxact.Store) -> None:
+    project(store, TAP)
+    whole, images = Pictures(store), store[TAP].lists["max", "top"].image[:, :4]
+    lost = int(images[2, 1])
+    kept = [number for number in range(21) if number != lost]
+    there = whole.get(np.array(kept))
+
+    def webp(number: int) -> bytes:
+        file = io.BytesIO()
+        there[number].save(file, "WEBP", lossless=True)
+        return file.getvalue()
+
+    before = Sprites(store, TAP, ("max", "top"), whole)
+    values = before.read(range(6))
+    write_thumbs(store.path / "thumbs.parquet", ((number, webp(number)) for number in kept))
+    after = Sprites(store, TAP, ("max", "top"), Pictures(store))
+    changed = [row for row in range(6) if before.digest(values, row) != after.digest(values, row)]
+    assert changed == np.flatnonzero((images == lost).any(1)).tolist()
 
 
 def test_encoding_keeps_the_picture(store: maxact.Store) -> None:

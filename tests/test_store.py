@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,14 @@ def test_a_store_is_made_where_nothing_else_is(finished: Store, tmp_path: Path) 
     with pytest.raises(MaxactError, match="not a maxact store"):
         Store.remove(tmp_path / "foreign")
     assert names(tmp_path / "foreign") == {"thesis.tex"}
+
+
+def test_a_module_that_is_called_like_a_leftover(photos: Path, tmp_path: Path) -> None:
+    network = nn.Sequential(OrderedDict(partial=nn.Conv2d(3, 2, 3)))
+    for wrapped in (network, nn.Sequential(OrderedDict(block=network))):
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        store = scan(photos, place, wrapped.eval())
+        assert all(name.endswith("partial") for name in store) and len(Store(place)) == 1
 
 
 def test_a_start_that_was_cut_short_is_no_hindrance(finished: Store, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def picture(data: bytes) -> np.ndarray:
 
 def test_they_are_the_model_inputs(finished: maxact.Store, inputs: Inputs, tmp_path: Path) -> None:
     path, said = tmp_path / "thumbs.parquet", []
-    update(path, [2, 3, 20], inputs, lambda *count: said.append(count))
+    update(path, [2, 3, 20], inputs, threading.Event(), lambda *count: said.append(count))
     assert said == [(3, 3)]
     found = Thumbs(path)
     assert found.numbers.tolist() == [2, 3, 20]
@@ -57,18 +58,18 @@ def test_they_are_the_model_inputs(finished: maxact.Store, inputs: Inputs, tmp_p
 def test_more_are_added_and_the_old_ones_stay(inputs: Inputs, tmp_path: Path) -> None:
     path = tmp_path / "thumbs.parquet"
     write_thumbs(path, iter([(1, b"one"), (5, b"five"), (7, b"seven")]))
-    update(path, [0, 5, 6], inputs, nothing)
+    update(path, [0, 5, 6], inputs, threading.Event(), nothing)
     found = Thumbs(path)
     assert found.numbers.tolist() == [0, 1, 5, 6, 7]
     assert [found[number] for number in (1, 5, 7)] == [b"one", b"five", b"seven"]
     before = path.stat().st_mtime_ns, path.read_bytes()
-    update(path, [0, 7], inputs, nothing)
+    update(path, [0, 7], inputs, threading.Event(), nothing)
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
 
 
 def test_none(inputs: Inputs, tmp_path: Path) -> None:
     path = tmp_path / "thumbs.parquet"
-    update(path, [], inputs, nothing)
+    update(path, [], inputs, threading.Event(), nothing)
     assert Thumbs(path).numbers.tolist() == [] and 0 not in Thumbs(path)
 
 

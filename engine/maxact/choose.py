@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from maxact.errors import UsageError
+from maxact.preprocess import near
 from maxact.store import Store
+from maxact.tap import Tap
 
 _MOST = 1_000_000  # channels that a range may name: more is a slip of the finger
 _LONG = 120  # characters of a tap's name in a file's
@@ -51,13 +53,34 @@ def choose_taps(store: Store, layers: Sequence[str] = ()) -> list[str]:
     return [tap.name for tap in taps if not layers or tap.name in chosen]
 
 
+def choose_channels(
+    store: Store, layers: Sequence[str], channels: Sequence[int] | Mapping[str, Sequence[int]] | None
+) -> dict[str, list[int]]:
+    """The chosen channels, by tap: `channels` of each, or tap by tap, or all. Raises UsageError where there is none."""
+    chosen = choose_taps(store, layers)
+    taps = {tap.name: tap for tap in store.manifest.taps if tap.name in chosen}
+    if isinstance(channels, Mapping) and (unknown := [name for name in channels if name not in set(store)]):
+        raise UsageError(f"channels: {store.path} has no tap {unknown[0]!r}{near(unknown[0], list(store))}")
+
+    def numbers(tap: Tap) -> Sequence[int]:
+        if channels is None:
+            return range(tap.channels)
+        return channels.get(tap.name, ()) if isinstance(channels, Mapping) else channels
+
+    picked = {name: sorted(c for c in set(numbers(tap)) if 0 <= c < tap.channels) for name, tap in taps.items()}
+    if not any(picked.values()):
+        raise UsageError(f"channels: expected some from 0 to {max(t.channels for t in taps.values()) - 1}")
+    return picked
+
+
 def file_names(taps: Sequence[str]) -> dict[str, str]:
     """A name for files for every tap: letters, digits, dots and underscores, no two alike on any file system.
 
-    There is no hyphen in it, so that what follows one in a longer name is never a tap's.
+    There is no hyphen in it, so that what follows one in a longer name is never a tap's. None is `index`, which is the
+    name of what lists them.
     """
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = {"index"}
     for tap in taps:
         plain = re.sub(r"[^A-Za-z0-9._]", "_", tap)[:_LONG]
         plain = re.sub(r"^\.", "_", plain) or "_"

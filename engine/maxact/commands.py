@@ -56,6 +56,7 @@ def render(
 ) -> int:
     """`maxact render`."""
     from maxact.choose import parse_channels
+    from maxact.errors import UsageError
     from maxact.process import show_bytes
     from maxact.progress import counting, display
     from maxact.render.filters import write_filters
@@ -65,6 +66,8 @@ def render(
     from maxact.run_project import scanned_model
     from maxact.store import Store
 
+    if not mosaic and (layout != "square" or across is not None or method or (format != "png" and not filters)):
+        raise UsageError("--layout, --across, --method and --format are for --mosaic; give it, too")
     opened = Store(store)
     which: dict[str, Any] = {
         "layers": layers or (),
@@ -101,7 +104,7 @@ def layers(
     from maxact.fields import of_taps
     from maxact.models import load_model
     from maxact.progress import print_table
-    from maxact.run import find_taps
+    from maxact.taps import find_taps
 
     loaded = load_model(model, **loading)
     found = find_taps(loaded, layers or (), at)

@@ -63,12 +63,14 @@ class Projected:
     """What N winners gave.
 
     `signal` float32 [N, 3, h, w] lies in the pixels of the winner's image. `score` float32 [N] is the activation of the
-    winning unit, or the mean of its map. `unlit` bool [N] are the winners whose score could not be their seed.
+    winning unit, or the mean of its map. `unlit` bool [N] are the winners whose score could not be their seed. `map`
+    [N, H, W] is the winner's whole map.
     """
 
     signal: torch.Tensor
     score: torch.Tensor
     unlit: torch.Tensor
+    map: torch.Tensor
 
 
 class Projector:
@@ -143,7 +145,8 @@ class Projector:
                 seed.movedim(self._tap.axis, 1)[unit] = started.view(-1, *(1 for _ in values.shape[1:]))
                 (grad,) = torch.autograd.grad(output, leaf, seed, retain_graph=round < last)
                 signal[mine.to(device)] = grad[index[mine].to(device)]
-        return Projected(signal, score, unlit)
+            whole = maps[index, channels]
+        return Projected(signal, score, unlit, whole.reshape(len(whole), *(*whole.shape[1:], 1, 1)[:2]))
 
     def maps(self, images: torch.Tensor) -> torch.Tensor:
         """The tap's maps of U images: [U, C, H, W], with the tap's map as H x W."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 import tenacity
 
@@ -38,6 +39,21 @@ def fetch(catalog: Catalog, entry: Entry) -> object:
 def failure(entry: Entry, error: Exception) -> BadImage:
     """An image that could not be read, for the record."""
     return BadImage(entry.number, entry.key, "decode" if _is_damage(error) else "read", _reason(error))
+
+
+def check_readable(what: str, images: int, bad: Sequence[BadImage]) -> None:
+    """Raises Unreadable where more than a tenth, and more than a few, of some images cannot be read."""
+    unread = [image for image in bad if is_unread(image)]
+    if len(unread) > max(FEW, images // 10):
+        raise Unreadable(
+            f"{what}: {len(unread)} of {images} images cannot be read, the last of them {unread[-1].key}: "
+            f"{unread[-1].error}; see that the disk is there, then run the same again"
+        )
+
+
+def is_unread(image: BadImage) -> bool:
+    """Whether an image could not be read, now; one that has changed, or that is damaged, never can be."""
+    return image.stage == "read" and not image.error.startswith("changed")
 
 
 def was_missing(entry: Entry) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def is_aside(path: Path) -> bool:
     """Whether a file is what a write that was cut short left: one of `replace_file`'s, or one of Zarr's."""
     return (path.name.startswith(".") and path.suffix == ".part") or path.suffix == ".partial"
+
+
+def leftovers(paths: Iterable[Path]) -> list[Path]:
+    """The files among `paths` that writes that were cut short left. A folder may bear such a name: that of a module."""
+    return [path for path in paths if is_aside(path) and path.is_file()]
 
 
 def sync_tree(path: Path) -> None:

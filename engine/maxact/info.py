@@ -35,6 +35,7 @@ def describe(store: Store) -> dict[str, Any]:
         shards = store.catalog.shards(manifest.settings["shard"])
         images = sum(shard.stop - shard.start for shard in shards if shard.index in done)
         facts["summary"] = f"unfinished: {images:,} of {count:,} images, {len(done)} of {len(shards)} shards"
+    facts["projected"] = manifest.projected or "not yet (maxact project)"
     facts["taps"] = _taps(store)
     facts["errors"] = store.errors().to_pylist()
     return facts

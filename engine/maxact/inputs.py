@@ -69,18 +69,23 @@ class Inputs:
         """The inputs of some images, and those that cannot be had, with the reason."""
         wanted = list(dict.fromkeys(numbers))
         found = {number: self._kept[number] for number in wanted if number in self._kept}
-        bad = []
+        bad = [self._bad[number] for number in wanted if number in self._bad]
         for number in found:
             self._kept.move_to_end(number)
-        missing = [number for number in wanted if number not in found]
+        missing = [number for number in wanted if number not in found and number not in self._bad]
         for start in range(0, len(missing), _BATCH):
             entries = [self._catalog.entry(number) for number in missing[start : start + _BATCH]]
             good, refused = self._decode(entries)
             found |= good
             bad += refused
+            self._bad |= {image.image: image for image in refused}
             for number, image in good.items():
                 self._keep(number, image)
         return found, bad
+
+    def retry(self) -> None:
+        """Forgets what could not be had: the next `get` tries again."""
+        self._bad.clear()
 
     def _decode(self, entries: list[Entry]) -> tuple[dict[int, Input], list[BadImage]]:
         files: list[Any] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from maxact.arrays import read_manifest
 from maxact.errors import MaxactError
-from maxact.files import is_aside, writing
+from maxact.files import leftovers, writing
 
 log = logging.getLogger("maxact")
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # what network file systems without locks say
@@ -64,7 +64,7 @@ def check_place(folder: Path) -> None:
         ours = {"run", "images.parquet"} if run / "lock" in begun else {"run"}
         others = [item for item in folder.iterdir() if item.name not in ours]
         others += [item for item in begun if item.name not in ("lock", "log") and not is_state(item)]
-    if not all(map(is_aside, others)):
+    if leftovers(others) != others:
         raise MaxactError(f"{folder}: there is something else here; choose another place for the store")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from maxact import crops, patches
 from maxact.config import ProjectConfig
 from maxact.deconv import Projected, Projector, share
-from maxact.fetch import FEW, Unreadable
+from maxact.fetch import check_readable
 from maxact.field import Field
 from maxact.inputs import Input, Inputs, source_box
 from maxact.models import Normalised
@@ -35,7 +35,8 @@ from maxact.winners import Layout
 from maxact_kernels.boxes import smallest_boxes
 
 TOLERANCE = 1e-4  # of a score, between a patch and the whole image
-_TOLERANCE_16 = 0.3  # the same where the stored score is of 16 bits
+_WORTH = 0.75  # share of the work up to which winners run one by one, rather than share an image's forward pass
+_PROBES = 4  # whole images that decide it where patches do not give the stored scores
 
 Some = NDArray[np.int64]  # numbers of winners of a block, [n]
 
@@ -73,7 +74,7 @@ class Block:
 class Result:
     """What a block gave: arrays as `Winners.write` takes them, with a row for each of its channels.
 
-    `deviation` is the largest difference between a recomputed score and
+    `bad` are the images that could not be had. `deviation` is the largest difference between a recomputed score and
     the stored one, relative as in `ledger.Ledger`.
     """
 
@@ -94,16 +95,16 @@ class Job:
     device: torch.device
     batch: int
     threads: int
-    exact: bool  # the stored scores are of float32
+    convolutions: Sequence[tuple[Tap, Field]]  # every one on the way, in the order in which they run
     whole: set[str] = field(default_factory=set)
     undefined: set[str] = field(default_factory=set)  # activations that the method has no rule for
     unlit: int = 0  # winners whose activation was not above zero, so that it could not be the seed
 
 
 def project(job: Job, blocks: Sequence[Block], stop: threading.Event) -> Iterator[Result]:
-    """Projects blocks and gives what each of them gave, in order. `stop` ends it after the block in hand.
+    """Projects blocks and gives what each of them gave, in order. `stop` ends it, and drops the block in hand.
 
-    Raises Unreadable where most images of a block cannot be read: the storage is gone, not some files.
+    Raises Unreadable where more than a tenth of a block's images cannot be read: the storage is gone, not some files.
     """
     network = Normalised(job.network, job.preprocess).to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with numerics(job.threads), kept_memory(), ThreadPoolExecutor(1, "maxact-inputs") as reader:
@@ -111,22 +112,21 @@ def project(job: Job, blocks: Sequence[Block], stop: threading.Event) -> Iterato
         for block, following in zip_longest(blocks, blocks[1:]):
             assert ahead is not None
             found, bad = ahead.result()  # the next block's images are read while this one is projected
-            _check_readable(block, bad)
+            check_readable(block.place, len(block.images), bad)
             ahead = reader.submit(job.inputs.get, following.images) if following else None
-            result = _Winning(job, network, block, found).project()
+            result = _Winning(job, network, block, found, stop).project()
+            if stop.is_set():
+                return
             result.bad = bad
             yield result
-            if stop.is_set():
-                break
 
 
-def _check_readable(block: Block, bad: Sequence[BadImage]) -> None:
-    unread = [image for image in bad if image.stage == "read" and not image.error.startswith("changed")]
-    if len(unread) > max(FEW, len(block.images) // 2):
-        raise Unreadable(
-            f"{block.place}: {len(unread)} of {len(block.images)} images cannot be read, the last of them "
-            f"{unread[-1].key}: {unread[-1].error}; see that the disk is there, then run the same again"
-        )
+class _Some(NamedTuple):
+    """Some winners: which, where the parts of their images begin [n, 2], and their signals [n, 3, h, w] there."""
+
+    part: Some
+    corner: NDArray[np.int64]
+    signal: torch.Tensor
 
 
 class _Winning:
@@ -135,8 +135,10 @@ class _Winning:
     Winners of one image lie side by side, so that they share its forward pass where that is the whole image's.
     """
 
-    def __init__(self, job: Job, network: Normalised, block: Block, found: dict[int, Input]) -> None:
-        self._job, self._network, self._block, self._found = job, network, block, found
+    def __init__(
+        self, job: Job, network: Normalised, block: Block, found: dict[int, Input], stop: threading.Event
+    ) -> None:
+        self._job, self._network, self._block, self._found, self._stop = job, network, block, found, stop
         layout, peaks = block.layout, block.peaks
         there = np.isin(peaks.image, list(found))
         order = np.argsort(peaks.image[there], kind="stable")
@@ -162,63 +164,84 @@ class _Winning:
         self._arrays["box"][self._place] = clipped
         for method in block.layout.methods:
             with Projector(self._network, block.tap, method, job.settings.seed) as projector:
-                for part, corners, signal in self._signals(projector):
+                for some in self._signals(projector):
                     if method == block.layout.methods[0]:
-                        self._frame(part, corners, signal, outer[part])
-                    self._keep(method, part, corners, signal)
+                        self._frame(some, clipped, outer)
+                    self._keep(method, some)
+                    if self._stop.is_set():
+                        return self._result
                 if block.layout.map and method == block.layout.methods[0]:
                     self._keep_maps(projector)
                 job.undefined |= {f"{method}: {name}" for name in projector.undefined}
         return self._result
 
-    def _signals(self, projector: Projector) -> Iterator[tuple[Some, NDArray[np.int64], torch.Tensor]]:
-        """Some winners at a time: which, where their patches begin [n, 2], and their signals [n, 3, h, w] there."""
+    def _signals(self, projector: Projector) -> Iterator[_Some]:
+        """Some winners at a time, projected on the parts of their images that their fields need."""
         block, job = self._block, self._job
         cut = patches.cut(block.field)
+        windows = patches.Windows(cut, block.tap, job.convolutions, self._network.network)
         everyone = np.arange(len(self._image))
-        if self._position is None or cut.is_whole or block.tap.name in job.whole:
+        if self._position is None or (cut.is_whole and windows.work > _WORTH):
             yield from self._whole(projector, everyone)
             return
         height, width = cut.size
         batch = max(1, job.batch * cut.shape[0] * cut.shape[1] // (height * width))  # as many pixels as whole images
-        wrong = []
-        for part in np.split(everyone, range(batch, len(everyone), batch)):
-            images, index = self._images(part)
-            corners = cut.corner(self._position[part])
-            patched = cut.take(images, index, corners)
-            projected = projector(patched, range(len(part)), self._channel[part], cut.unit(self._position[part]))
-            differs = self._deviation(projected, part) > (TOLERANCE if job.exact else _TOLERANCE_16)
-            if differs.any():
-                wrong.append(part[differs])
-            same = ~differs
-            if same.any():
-                self._note(projected, part, same)
-                yield part[same], corners[same], projected.signal.cpu()[torch.from_numpy(same)]
-        if wrong:  # a patch is not enough, or the stored score is another: the whole image says which
-            before = self._result.deviation
-            self._result.deviation = 0.0
-            yield from self._whole(projector, np.concatenate(wrong))
-            if self._result.deviation <= TOLERANCE:
+        for start in range(0, len(everyone), batch):
+            if block.tap.name in job.whole:
+                yield from self._whole(projector, everyone[start:])
+                return
+            part = everyone[start : start + batch]
+            pixels, index = self._pixels(part)
+            corner = cut.corner(self._position[part])
+            patched = self._normalised(cut.take(pixels, index, corner))
+            unit, needed = cut.unit(self._position[part]), windows.at(self._position[part])
+            projected = projector(patched, range(len(part)), self._channel[part], unit, needed)
+            if self._is_exact(projector, projected, part):
+                yield self._noted(projected, part, corner)
+            else:
                 job.whole.add(block.tap.name)
-            self._result.deviation = max(before, self._result.deviation)
+                yield from self._whole(projector, part)
 
-    def _whole(self, projector: Projector, part: Some) -> Iterator[tuple[Some, NDArray[np.int64], torch.Tensor]]:
+    def _is_exact(self, projector: Projector, projected: Projected, part: Some) -> bool:
+        """Whether patches give the scores of whole images: those that were stored, or, where some differ from them,
+        those of the few that differ most, worked out here."""
+        deviation = self._deviation(projected, part)
+        doubtful = np.flatnonzero(~(deviation <= TOLERANCE))
+        if not len(doubtful):
+            return True
+        worst = doubtful[np.argsort(-np.nan_to_num(deviation[doubtful], nan=np.inf), kind="stable")[:_PROBES]]
+        pixels, index = self._pixels(part[worst])
+        maps = projector.maps(self._normalised(pixels))
+        assert self._position is not None
+        row, column = self._position[part[worst]].T
+        exact = maps[index, self._channel[part[worst]], row, column].cpu().numpy()
+        found = projected.score.cpu().numpy()[worst]
+        scale = np.maximum(np.abs(exact), self._spread[part[worst]])
+        return bool((np.abs(found - exact) <= TOLERANCE * scale).all())
+
+    def _whole(self, projector: Projector, part: Some) -> Iterator[_Some]:
         """As `_signals`, on whole images; the winners of one image share its forward pass."""
         for shared in share(self._image[part], self._job.batch):
             each = part[shared]
-            images, index = self._images(each)
+            pixels, index = self._pixels(each)
             position = None if self._position is None else self._position[each]
-            projected = projector(images, index, self._channel[each], position)
-            self._note(projected, each, np.ones(len(each), np.bool_))
-            yield each, np.zeros((len(each), 2), np.int64), projected.signal.cpu()
+            projected = projector(self._normalised(pixels), index, self._channel[each], position)
+            if self._block.layout.map:
+                self._keep_map(each, projected.map)
+            yield self._noted(projected, each, np.zeros((len(each), 2), np.int64))
 
-    def _images(self, part: Some) -> tuple[torch.Tensor, NDArray[np.int64]]:
-        """The images of some winners as the network takes them, each once [U, 3, H, W], and which is whose [n]."""
+    def _pixels(self, part: Some) -> tuple[torch.Tensor, NDArray[np.int64]]:
+        """The images of some winners, each once, [U, 3, H, W], and which is whose [n]."""
         numbers, index = np.unique(self._image[part], return_inverse=True)
         pixels = torch.stack([self._found[number].pixels for number in numbers.tolist()])
+        return pixels.permute(0, 3, 1, 2) if pixels.dtype == torch.uint8 else pixels, index
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Images or parts of them [N, 3, h, w] as the network takes them, on its device."""
+        pixels = pixels.permute(0, 2, 3, 1) if pixels.dtype == torch.uint8 else pixels
         with torch.inference_mode():
             images: torch.Tensor = self._network.normalise(pixels.to(self._job.device))
-        return images, index
+        return images
 
     def _deviation(self, projected: Projected, part: Some) -> NDArray[np.float32]:
         """How far the scores of some winners lie from the stored ones: see ledger.Ledger."""
@@ -227,41 +250,54 @@ class _Winning:
         found = np.abs(projected.score.cpu().numpy() - stored) / scale
         return found.astype(np.float32)
 
-    def _note(self, projected: Projected, part: Some, which: NDArray[np.bool_]) -> None:
-        deviation = self._deviation(projected, part)[which]
-        self._result.deviation = max(self._result.deviation, float(deviation.max(initial=0)))
-        self._job.unlit += int(projected.unlit.cpu().numpy()[which].sum())
+    def _noted(self, projected: Projected, part: Some, corner: NDArray[np.int64]) -> _Some:
+        deviation = self._deviation(projected, part)
+        self._result.deviation = max(self._result.deviation, float(np.nan_to_num(deviation, nan=np.inf).max()))
+        self._job.unlit += int(projected.unlit.sum())
+        return _Some(part, corner, projected.signal.cpu())
 
     def _places(self, part: Some) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return self._place[0][part], self._place[1][part]
 
-    def _frame(self, part: Some, corners: NDArray[np.int64], signal: torch.Tensor, outer: crops.Boxes) -> None:
+    def _frame(self, some: _Some, clipped: crops.Boxes, outer: crops.Boxes) -> None:
         """Where the pictures of some winners lie, and what the images show there."""
-        block, places = self._block, self._places(part)
-        energy = signal.square().sum(1).numpy()
-        focus = smallest_boxes(energy, crops.SHARE) + np.tile(corners, 2).astype(np.int32)
-        frame = crops.squares(focus, block.field.shape) if block.layout.cut == "focus" else outer
+        block, places = self._block, self._places(some.part)
+        focus = self._focus(some, clipped[some.part])
+        frame = crops.squares(focus, block.field.shape) if block.layout.cut == "focus" else outer[some.part]
         self._arrays["focus_box"][places] = focus
         self._arrays["crop_box"][places] = frame
-        for row, rank, image, box in zip(*places, self._image[part].tolist(), frame, strict=True):
+        for row, rank, image, box in zip(*places, self._image[some.part].tolist(), frame, strict=True):
             found = self._found[image]
             self._arrays["source_box"][row, rank] = source_box(box, self._job.preprocess, found.original)
             picture = crops.cut_out(crops.visible(found.pixels), box, block.layout.frame)
             self._arrays["crop"][row, rank] = picture.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
-    def _keep(self, method: str, part: Some, corners: NDArray[np.int64], signal: torch.Tensor) -> None:
+    def _focus(self, some: _Some, field: crops.Boxes) -> crops.Boxes:
+        """The focus boxes, inside the fields; the field itself where the projection is zero."""
+        energy = some.signal.square().sum(1).numpy()
+        corners = np.tile(some.corner, 2).astype(np.int32)
+        if self._block.field.is_gated:  # through the gate, all of the image has a part in it
+            for each, (y0, x0, y1, x1) in zip(energy, field - corners, strict=True):
+                each[:y0], each[y1:], each[:, :x0], each[:, x1:] = 0, 0, 0, 0
+        boxes = smallest_boxes(energy, crops.SHARE)
+        return np.where(np.any(boxes, axis=1, keepdims=True), boxes + corners, field)
+
+    def _keep(self, method: str, some: _Some) -> None:
         """The projections of some winners, in the frames of their pictures."""
-        places = self._places(part)
-        frame = self._arrays["crop_box"][places] - np.tile(corners, 2).astype(np.int32)
-        for row, rank, box, each in zip(*places, frame, signal, strict=True):
+        places = self._places(some.part)
+        frame = self._arrays["crop_box"][places] - np.tile(some.corner, 2).astype(np.int32)
+        for row, rank, box, each in zip(*places, frame, some.signal, strict=True):
             levels, scale = crops.quantise(crops.cut_out(each, box, self._block.layout.frame))
             self._arrays[f"projection/{method}"][row, rank] = levels
             self._arrays[f"projection_scale/{method}"][row, rank] = scale
 
     def _keep_maps(self, projector: Projector) -> None:
-        """The whole activation maps of the winners."""
-        for part in share(self._image, self._job.batch, rounds=len(self._image)):
-            images, index = self._images(part)
-            maps = projector.maps(images)  # [U, C, H, W]
-            mine = maps[torch.from_numpy(index), torch.from_numpy(self._channel[part])]
-            self._arrays["map"][self._places(part)] = mine.clamp(-65504, 65504).half().cpu().numpy()
+        """The whole activation maps of the winners that were projected on parts of their images."""
+        left = np.flatnonzero(np.isnan(self._arrays["map"][self._place]).all((1, 2)))
+        for part in share(self._image[left], self._job.batch, rounds=max(1, len(left))):
+            pixels, index = self._pixels(left[part])
+            maps = projector.maps(self._normalised(pixels))  # [U, C, H, W]
+            self._keep_map(left[part], maps[torch.from_numpy(index), torch.from_numpy(self._channel[left[part]])])
+
+    def _keep_map(self, part: Some, maps: torch.Tensor) -> None:
+        self._arrays["map"][self._places(part)] = maps.clamp(-65504, 65504).half().cpu().numpy()

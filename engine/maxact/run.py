@@ -21,7 +21,7 @@ from maxact.decode import choose_decoder
 from maxact.errors import MaxactError, UsageError
 from maxact.fields import of_taps
 from maxact.manifest import Manifest
-from maxact.models import Model, Normalised, load_model
+from maxact.models import Model, load_model
 from maxact.partial import Partial
 from maxact.process import Interrupted, Progress, log_file, signals
 from maxact.provenance import describe_source, versions
@@ -131,7 +131,7 @@ def scan(
         raise UsageError(
             f"skip_grey: cannot be had with the preprocess function {model.preprocess.function}; leave one out"
         )
-    found = find_taps(model, wanted.layers, wanted.at)
+    found = taps.find_taps(model, wanted.layers, wanted.at)
     labels = _items(where)
     selection = {"where": list(labels), "sample": sample, "seed": seed if sample is not None else 0, "limit": limit}
     catalog = None
@@ -145,15 +145,6 @@ def scan(
 def _items(value: str | Sequence[str]) -> tuple[str, ...]:
     """Text is one item; what comes twice counts once."""
     return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
-
-
-def find_taps(model: Model, layers: Sequence[str] = (), at: At = "norm") -> taps.Found:
-    """The taps of a loaded model (`taps.find`), on images of its own size."""
-    preprocess = model.preprocess
-    weight = next(model.network.parameters(), torch.empty(0))
-    dtype = torch.float32 if preprocess.function else torch.uint8
-    blank = torch.zeros((2, *preprocess.shape), dtype=dtype, device=weight.device)
-    return taps.find(Normalised(model.network, preprocess).to(weight.device), blank, layers, at)
 
 
 def _open(

@@ -9,7 +9,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
@@ -17,33 +18,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from maxact import crops, schedule, thumbs
+from maxact import schedule, thumbs
+from maxact.blocks import plan
 from maxact.catalog import Catalog, is_dataset
-from maxact.choose import choose_taps
+from maxact.choose import choose_channels
 from maxact.config import Crop, Method, ProjectConfig, RunConfig, Seed, cores
 from maxact.errors import MaxactError, UsageError
-from maxact.fetch import Unreadable
+from maxact.fetch import Unreadable, is_unread
 from maxact.field import Field
 from maxact.fields import of_taps
 from maxact.files import writing
 from maxact.ledger import Ledger
 from maxact.models import Model, load_model
-from maxact.preprocess import Preprocess, near
+from maxact.preprocess import Preprocess
 from maxact.process import Interrupted, Progress, log_file, show_bytes, signals
 from maxact.project import Block, Job, Result
 from maxact.project import project as project_blocks
 from maxact.provenance import describe_source
-from maxact.results import Peaks
 from maxact.run_settle import Settling
 from maxact.settle import EXPLAINED
 from maxact.store import Store
 from maxact.tap import Tap
-from maxact.winners import Layout
+from maxact.taps import find_taps
 
 log = logging.getLogger("maxact")
 _SPARE = 256 << 20  # bytes of free space that a pass leaves alone
-_THUMB = 16 << 10  # bytes that the picture of an image takes at most, nearly always
-_LARGEST_MAP = 32  # rows and columns of the activation maps that are kept
+_THUMB = 0.33  # bytes that a pixel of the picture of an image takes at most, nearly always
 _DEVIATES = (
     "scores differ from the stored ones by more than %s explains, up to %.2g of the score or of the channel's standard "
     "deviation: are the weights, the files, the decoder and the versions those of the scan?"
@@ -89,9 +89,9 @@ def project(
     batch: images that the network runs on at once. device, threads, readers: where and with how many threads.
     report: called as it goes on, with how far it is.
 
-    An image that cannot be had any more is recorded in errors.parquet, and its winners stay empty. In the main thread
-    SIGINT and SIGTERM commit what is done, then raise Interrupted. Raises UsageError for arguments that cannot be
-    meant, and MaxactError for all else that the caller can mend.
+    Gives the store as it is then. An image that cannot be had any more is recorded in errors.parquet, and its winners
+    stay empty. In the main thread SIGINT and SIGTERM commit what is done, then raise Interrupted. Raises UsageError for
+    arguments that cannot be meant, and MaxactError for all else that the caller can mend.
     """
     opened = store if isinstance(store, Store) else Store(store)
     wanted = ProjectConfig(ranks, cast(tuple[Method, ...], _items(method)), seed, crop, max_size, settle)
@@ -101,9 +101,10 @@ def project(
         raise MaxactError(f"{opened.path}: the scan is not finished; run `maxact scan` again first")
     if images is not None and (source := describe_source(images)) != opened.manifest.images["source"]:
         raise UsageError(f"images: expected what was scanned ({opened.manifest.images['source']}), got {source}")
-    chosen = _choose(opened, _items(layers), channels)
+    chosen = choose_channels(opened, _items(layers), channels)
     model = scanned_model(opened, network, weights)
     with Store.lock(opened.path), log_file(opened.path / "run" / "log", native_log):
+        opened = Store(opened.path)  # as it is now that nobody else changes it
         dataset = images if is_dataset(images) else None
         pass_ = _Pass(opened, model, wanted, run, chosen, dataset, batch, report)
         pass_.open(overwrite)
@@ -114,26 +115,6 @@ def project(
 def _items(value: str | Sequence[str]) -> tuple[str, ...]:
     """Text is one item; what comes twice counts once."""
     return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
-
-
-def _choose(
-    store: Store, layers: Sequence[str], channels: Sequence[int] | Mapping[str, Sequence[int]] | None
-) -> dict[str, list[int]]:
-    """The channels to project, by tap."""
-    chosen = choose_taps(store, layers)
-    taps = {tap.name: tap for tap in store.manifest.taps if tap.name in chosen}
-    if isinstance(channels, Mapping) and (unknown := [name for name in channels if name not in set(store)]):
-        raise UsageError(f"channels: {store.path} has no tap {unknown[0]!r}{near(unknown[0], list(store))}")
-
-    def numbers(tap: Tap) -> Sequence[int]:
-        if channels is None:
-            return range(tap.channels)
-        return channels.get(tap.name, ()) if isinstance(channels, Mapping) else channels
-
-    picked = {name: sorted(c for c in set(numbers(tap)) if 0 <= c < tap.channels) for name, tap in taps.items()}
-    if not any(picked.values()):
-        raise UsageError(f"channels: expected some from 0 to {max(t.channels for t in taps.values()) - 1}")
-    return picked
 
 
 def scanned_model(store: Store, network: nn.Module | str | None, weights: str | os.PathLike[str] | None) -> Model:
@@ -178,11 +159,17 @@ class _Pass:
         self._taps = {tap.name: tap for tap in store.manifest.taps if tap.name in chosen}
         self._path = store.path / "run" / "projected.json"
         self._stop = threading.Event()
+        self._deviation = 0.0  # in this run
 
     def open(self, overwrite: bool) -> None:
         """Reads how far an earlier pass came. Raises MaxactError where that had other settings."""
         settings = self._settings.to_json() | {"methods": list(self._settings.methods)}
         ledger = None if overwrite else Ledger.load(self._path)
+        if ledger is None and not overwrite and self._is_projected():
+            raise MaxactError(
+                f"{self._path}: is missing, and nothing else says how the winners were projected; bring it back, or "
+                "give --overwrite to start the second pass again"
+            )
         if ledger is None:
             self._store.remove_winners()
             ledger = Ledger(settings)
@@ -196,6 +183,16 @@ class _Pass:
                 "--overwrite to start the second pass again"
             )
         self._ledger = ledger
+        self._commit()  # before there is any array
+
+    def _is_projected(self) -> bool:
+        """Whether some list has arrays of a second pass."""
+        for name in self._store:
+            for score, end in self._store.manifest.lists():
+                with suppress(MaxactError):
+                    self._store.winners(name, score, end)
+                    return True
+        return False
 
     def run(self, device: torch.device) -> None:
         """Settles, projects what is left, and finishes."""
@@ -205,7 +202,8 @@ class _Pass:
             if self._settings.settle and self._store.manifest.settings["precision"] != "fp32":
                 self._settle(device)
             if not self._stop.is_set():
-                self._project(list(self._plan(fields)), device)
+                self._project(list(plan(self._store, self._chosen, fields, self._settings, self._ledger)), device)
+                self._keep_pictures()
             if caught:
                 name = signal.Signals(caught[0]).name
                 raise Interrupted(caught[0], f"stopped by {name}: what is done is kept; run the same again to go on")
@@ -233,50 +231,11 @@ class _Pass:
         if settling.deviation > EXPLAINED[precision]:
             log.warning(_DEVIATES, precision, settling.deviation)
 
-    def _plan(self, fields: dict[str, Field]) -> Iterator[Block]:
-        """The blocks in which something is left to do."""
-        for name, tap in self._taps.items():
-            results = self._store[name]
-            for (score, end), peaks in results.lists.items():
-                layout = self._layout(tap, fields[name], peaks, score)
-                place = f"{name}/{score}/{end}"
-                left = np.zeros(tap.channels, bool)
-                left[self._ledger.left(place, self._chosen[name])] = True
-                shown = peaks.first(layout.shown)
-                for start in range(0, tap.channels, layout.chunk):
-                    part = slice(start, min(start + layout.chunk, tap.channels))
-                    if left[part].any():
-                        image = np.where(left[part, None], shown.image[part], -1)
-                        position = None if shown.position is None else shown.position[part]
-                        yield Block(
-                            tap,
-                            fields[name],
-                            place,
-                            layout,
-                            start,
-                            np.flatnonzero(left[part]),
-                            Peaks(image, shown.score[part], position),
-                            np.nan_to_num(results.stats["std"][part]).astype(np.float32),
-                        )
-
-    def _layout(self, tap: Tap, field: Field, peaks: Peaks, score: str) -> Layout:
-        settings = self._settings
-        cut = crops.choose_cut(field, settings.crop, whole=score == "mean")
-        if cut == "focus":
-            side = min(settings.max_size, max(field.shape))
-            frame, scale = (side, side), None
-        else:
-            frame, scale = crops.frame_of(field.shape if score == "mean" else field.size, settings.max_size)
-        ranks = peaks.image.shape[1]
-        kept = tap.map if tap.positions > 1 and max(tap.map) <= _LARGEST_MAP else None
-        return Layout(
-            tap.channels, ranks, min(settings.ranks, ranks), frame, cut, scale, kept, settings.methods, settings.seed
-        )
-
     def _project(self, blocks: list[Block], device: torch.device) -> None:
         self._check_space(blocks)
         total = sum(block.winners for block in blocks)
         progress = Progress(total, 0, stage="projecting", unit="winners")
+        known = set(self._ledger.whole)
         begun = committed = time.monotonic()
         with self._store.inputs(self._catalog, self._run_config.readers) as inputs:
             job = Job(
@@ -287,17 +246,18 @@ class _Pass:
                 device,
                 self._batch or (32 if device.type == "cpu" else 128),
                 self._run_config.threads or cores(),
-                exact=self._settings.settle or self._store.manifest.settings["precision"] == "fp32",
-                whole=set(self._ledger.whole),
+                self._convolutions(),
+                whole=set(known),
             )
-            waits = iter(schedule.PAUSES)
+            patience = schedule.Patience(self._stop)
             try:
                 while blocks and not self._stop.is_set():
                     try:
                         for result in project_blocks(job, blocks, self._stop):
                             self._keep(result)
                             self._ledger.whole = sorted(job.whole)
-                            blocks, waits = blocks[1:], iter(schedule.PAUSES)
+                            blocks = blocks[1:]
+                            patience.renew()
                             progress = replace(
                                 progress,
                                 done=progress.done + result.block.winners,
@@ -309,14 +269,19 @@ class _Pass:
                                 self._commit()
                                 committed = time.monotonic()
                     except Unreadable as error:
-                        if (pause := next(waits, None)) is None:
-                            raise
-                        log.warning("%s (trying again in %.0f s)", error, pause)
-                        self._commit()
-                        self._stop.wait(pause)
+                        patience.wait(error, self._commit)
+                        inputs.retry()
             finally:
                 self._commit()
-        self._say(job)
+        self._say(job, known)
+
+    def _convolutions(self) -> list[tuple[Tap, Field]]:
+        """Every convolution of the network with its field: only what winners need of their maps is computed."""
+        network = self._model.network
+        found = find_taps(self._model, at="module").taps
+        chosen = [tap for tap in found if isinstance(network.get_submodule(tap.module), nn.Conv2d)]
+        fields = of_taps(network, chosen, self._model.preprocess.crop)
+        return [(tap, fields[tap.name]) for tap in chosen]
 
     def _keep(self, result: Result) -> None:
         """Writes a block; channels of it that an earlier run had done stay as they are."""
@@ -332,9 +297,14 @@ class _Pass:
                 values[done] = winners.read(name, block.start, stop)[done]
         with writing(self._store.path, _ADVICE):
             winners.write(block.start, result.arrays)
-        self._ledger.add(block.place, (block.left + block.start).tolist())
+        for image in block.images:
+            self._ledger.bad.pop(image, None)
         self._ledger.bad |= {bad.image: replace(bad, stage="project") for bad in result.bad}
+        # what could not be read, now, is tried again by the next run
+        unread = np.any(np.isin(block.peaks.image, [bad.image for bad in result.bad if is_unread(bad)]), axis=1)
+        self._ledger.add(block.place, [block.start + row for row in block.left.tolist() if not unread[row]])
         self._ledger.deviation = max(self._ledger.deviation, result.deviation)
+        self._deviation = max(self._deviation, result.deviation)
 
     def _commit(self) -> None:
         """Makes what is done survive a loss of power: the arrays first, then the file that says that they are there."""
@@ -344,13 +314,17 @@ class _Pass:
 
     def _check_space(self, blocks: list[Block]) -> None:
         """Says how much room the pass needs at most. Raises MaxactError where there is less."""
+        if not blocks:
+            return
         need = 0
         for block in blocks:
             rest = block.layout.arrays().values()
             row = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind, _, _ in rest)
             need += row * block.winners
-        images = np.unique(np.concatenate([block.images for block in blocks])) if blocks else np.empty(0, np.int64)
-        need += len(images) * _THUMB
+        images = np.unique(np.concatenate([block.images for block in blocks]))
+        need += round(len(images) * math.prod(self._model.preprocess.crop) * _THUMB)
+        if (old := self._store.path / "thumbs.parquet").exists():
+            need += old.stat().st_size  # it is replaced whole
         free = shutil.disk_usage(self._store.path).free
         winners = sum(block.winners for block in blocks)
         log.info(
@@ -363,31 +337,44 @@ class _Pass:
                 "make room, or choose fewer with --layers, --channels, --ranks or a smaller --max-size"
             )
 
-    def _say(self, job: Job) -> None:
+    def _say(self, job: Job, known: set[str]) -> None:
         """What a user has to know of how the projections were made, once."""
         for name in sorted(job.undefined):
             log.warning("%s: has no rule of its own; its true gradient was used", name)
         if job.unlit:
             log.warning("%d winners have an activation of zero or less; their signal starts with 1", job.unlit)
-        for name in sorted(job.whole):
+        for name in sorted(job.whole - known):
             log.warning(
                 "%s: a part of the image does not give the whole one's score here; whole images were used", name
             )
-        precision = "fp32" if job.exact else self._store.manifest.settings["precision"]
-        if self._ledger.deviation > EXPLAINED[precision]:
-            log.warning(_DEVIATES, precision, self._ledger.deviation)
+        precision = "fp32" if self._settings.settle else self._store.manifest.settings["precision"]
+        if self._deviation > EXPLAINED[precision]:
+            log.warning(_DEVIATES, precision, self._deviation)
 
-    def _finish(self) -> None:
-        """Keeps the pictures of the images, the errors, and what the pass was."""
+    def _keep_pictures(self) -> None:
+        """Keeps the pictures of all images that were projected."""
         used = [self._store.winning_images(place, channels) for place, channels in self._ledger.done.items()]
         numbers = np.unique(np.concatenate(used)) if used else np.empty(0, np.int64)
-        begun = time.monotonic()
+        wanted = [number for number in numbers.tolist() if number not in self._ledger.bad]
+        begun, patience = time.monotonic(), schedule.Patience(self._stop)
 
         def note(done: int, total: int) -> None:
             seconds = time.monotonic() - begun
             self._report(Progress(total, 0, done, seconds=seconds, stage="keeping pictures of"))
 
         with self._store.inputs(self._catalog, self._run_config.readers) as inputs, writing(self._store.path, _ADVICE):
-            thumbs.update(self._store.path / "thumbs.parquet", numbers.tolist(), inputs, note)
+            while not self._stop.is_set():
+                try:
+                    bad = thumbs.update(self._store.path / "thumbs.parquet", wanted, inputs, self._stop, note)
+                except Unreadable as error:
+                    patience.wait(error, self._commit)
+                    inputs.retry()
+                    continue
+                self._ledger.bad |= {image.image: replace(image, stage="project") for image in bad}
+                return
+
+    def _finish(self) -> None:
+        """Keeps the errors, and what the pass was."""
         self._ledger.settled = self._store.settled_deviation()
-        self._store.finish_projection(list(self._ledger.bad.values()), self._ledger.facts())
+        bad = sorted(self._ledger.bad.values(), key=lambda image: image.image)
+        self._store.finish_projection(bad, self._ledger.facts())

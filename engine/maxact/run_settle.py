@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,15 +44,11 @@ class Settling:
         """`catalog` is the store's, with the Dataset that was scanned where it was one."""
         self._store, self._ranks = store, ranks
         self._lists = store.manifest.lists()
-        self._path = store.path / "run" / "settling"
-        left = {tap.name for tap in taps if any(store.settled(tap.name, key) < self._shown(key) for key in self._lists)}
-        begun = set(json.loads(Exact.about(self._path) or "{}").get("taps", ()))
-        if left <= begun <= {tap.name for tap in taps}:
-            # cut short while the lists were written: what was scanned for all of them is still there
-            left = begun if left else left
-        self.taps = tuple(tap for tap in taps if tap.name in left)
         wanted = ScanConfig.from_json(store.manifest.settings)
         self.settings = replace(wanted, precision="fp32", batch=batch, shard=None).resolve(torch.device("cpu"))
+        self._left = {tap.name for tap in taps if not store.is_settled(tap.name, ranks)}
+        scanned = self._begun({tap.name for tap in taps}) if self._left else set()
+        self.taps = tuple(tap for tap in taps if tap.name in scanned)
         self._all = catalog
         self._settled: list[tuple[Tap, List, Settled]] = []
         self.bad: list[BadImage] = []
@@ -61,6 +58,20 @@ class Settling:
         """How many first ranks of a list are to be settled."""
         kept: int = self._store.manifest.settings[key[1]]
         return min(self._ranks, kept)
+
+    def _begun(self, chosen: set[str]) -> set[str]:
+        """The taps to scan for: those that are left; where a run was cut short while it wrote its lists, all of that
+        run, whose state is still there."""
+        for about in self._store.settling().values():
+            taps = set(about.pop("taps", ()))
+            if self._terms.items() <= about.items() and self._left <= taps <= chosen:
+                return taps
+        return self._left
+
+    @property
+    def _terms(self) -> dict[str, int | None]:
+        """What another run has to share to go on with the state of this one."""
+        return {"ranks": self._ranks, "shard": self.shard, "batch": self.settings.batch}
 
     @property
     def shard(self) -> int:
@@ -86,13 +97,16 @@ class Settling:
         """Those images, numbered anew."""
         return self._all.take(self.numbers)
 
-    @property
+    @cached_property
     def _about(self) -> str:
         """What the state is about: the same candidates of the same taps."""
         images = hashlib.sha256(self.numbers.tobytes()).hexdigest()
-        batch = self.settings.batch
-        about = {"taps": [tap.name for tap in self.taps], "ranks": self._ranks, "shard": self.shard, "batch": batch}
-        return json.dumps(about | {"images": images})
+        return json.dumps({"taps": [tap.name for tap in self.taps], **self._terms, "images": images})
+
+    @property
+    def _path(self) -> Path:
+        """The state's own file: other lists may be half settled at the same time."""
+        return self._store.path / "run" / f"settling-{hashlib.sha256(self._about.encode()).hexdigest()[:12]}"
 
     def run(
         self, model: Model, run: RunConfig, device: torch.device, stop: threading.Event, note: Callable[[int], None]
@@ -102,8 +116,8 @@ class Settling:
         share = len(self.numbers) / max(1, len(self._all))
         dear = "; a scan in float32 would have cost the same" if share > _DEAR else ""
         log.info(
-            "%s: settling the first %d ranks in float32 on %d images, %.0f %% of the set%s",
-            *(self._store.path, self._ranks, len(self.numbers), 100 * share, dear),
+            "%s: settling the first %d ranks of all channels of %d taps in float32 on %d images, %.0f %% of the set%s",
+            *(self._store.path, self._ranks, len(self.taps), len(self.numbers), 100 * share, dear),
         )
         counts = [np.concatenate([peaks.image for peaks in self._candidates[key]]) for key in self._lists]
         places = [np.where(image >= 0, np.searchsorted(self.numbers, image), -1) for image in counts]
@@ -146,12 +160,16 @@ class Settling:
             replace_file(self._path, lambda aside: part.save(aside, self._about))
 
     def write(self) -> None:
-        """Writes the lists with their first ranks settled. Cut short, `run` and this can be done again."""
-        for tap, key, settled in self._settled:
-            shown = self._shown(key)
-            self._store.write_settled(tap.name, key, settled.peaks, settled.certain, shown, settled.deviation)
+        """Writes the lists with their first ranks settled. Cut short, `run` and this can be done again: the state
+        stays until the pass is finished."""
+        # a tap that is settled already may have been projected in its order
+        written = [each for each in self._settled if each[0].name in self._left]
+        for tap, key, settled in written:
+            self._store.write_settled(tap.name, key, settled.peaks, settled.certain)
         os.sync()
-        self._path.unlink(missing_ok=True)
+        for tap, key, settled in written:
+            self._store.mark_settled(tap.name, key, self._shown(key), settled.deviation)
+        os.sync()
 
     def _settle(self, part: Exact) -> None:
         manifest = self._store.manifest

@@ -55,6 +55,28 @@ class Book(Protocol[P]):
         """Makes `part` survive anything."""
 
 
+class Patience:
+    """Pauses for storage that has gone: they grow, and after the last one the run ends."""
+
+    def __init__(self, stop: threading.Event, pauses: tuple[float, ...] | None = None) -> None:
+        self._stop = stop
+        self._pauses = PAUSES if pauses is None else pauses
+        self.renew()
+
+    def renew(self) -> None:
+        """Something could be read: the next pause is the first again."""
+        self._waits = iter(self._pauses)
+
+    def wait(self, error: Unreadable, commit: Callable[[], object]) -> None:
+        """Commits, then pauses. Raises `error` where there were enough pauses."""
+        pause = next(self._waits, None)
+        if pause is None:
+            raise error
+        log.warning("%s (trying again in %.0f s)", error, pause)
+        commit()
+        self._stop.wait(pause)
+
+
 class Schedule(Generic[P]):
     """The shards of one book: what is done, what is left, and the merged result so far.
 
@@ -117,7 +139,7 @@ class Schedule(Generic[P]):
 
         Raises MaxactError for that, and for too many bad images.
         """
-        waits = iter(pauses)
+        patience = Patience(self.stop, pauses)
         try:
             while self.left and not self.stop.is_set():
                 before = len(self.left)
@@ -125,13 +147,9 @@ class Schedule(Generic[P]):
                     for partial in scan(iter(self.left)):
                         self._finish(partial)
                 except Unreadable as error:
-                    waits = iter(pauses) if len(self.left) < before else waits
-                    pause = next(waits, None)
-                    if pause is None:
-                        raise
-                    log.warning("%s (trying again in %.0f s)", error, pause)
-                    self.commit()
-                    self.stop.wait(pause)
+                    if len(self.left) < before:
+                        patience.renew()
+                    patience.wait(error, self.commit)
         finally:
             self.commit()
         if self._failure:

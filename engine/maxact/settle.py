@@ -173,13 +173,13 @@ def settle(
     """Puts the first `ranks` of a list in the order of their exact scores; the later ones keep their order.
 
     stored: the list [C, k]; candidates: the first m of them, as the scan scored them; exact, position: [C, m] and
-    [C, m, 2], what float32 gave, NaN where an image could not be had again: there the stored score stands in.
+    [C, m, 2], what float32 gave, not finite where an image could not be had again: there the stored score stands in.
     A channel is certain where its last settled score exceeds what an image that is no candidate can have: the lowest
     candidate's stored score, by the largest deviation of the tap and a step of the precision; or where every image
     is a candidate. spread [C]: standard deviations.
     """
     sign = np.float32(1 if end == "top" else -1)
-    known = ~np.isnan(exact)
+    known = np.isfinite(exact)
     score = np.where(known, exact, candidates.score)
     filled = candidates.image >= 0
     order = np.lexsort((candidates.image, np.where(filled, -sign * score, np.inf)), axis=1)[:, :ranks]

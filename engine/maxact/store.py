@@ -1,12 +1,12 @@
 """The store on disk: a Zarr group with what was found, the catalog beside it, and the states of an unfinished run.
 
 A run writes one file per commit, `run/state-N`, and the Zarr arrays once, from the last of them, when it is finished;
-until then the same results are read from the state.
+until then the same results are read from the state. What of it is Zarr's is in arrays.py and winners.py.
 """
 
 from __future__ import annotations
 
-import errno
+import json
 import logging
 import os
 import shutil
@@ -40,7 +40,7 @@ from maxact.arrays import (
 from maxact.catalog import Catalog
 from maxact.errors import MaxactError
 from maxact.field import Field
-from maxact.files import is_aside, replace_file, sync_tree, writing
+from maxact.files import leftovers, replace_file, sync_tree, writing
 from maxact.inputs import Inputs
 from maxact.lock import check_place, is_state, lock
 from maxact.manifest import Manifest, shorten
@@ -48,14 +48,13 @@ from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
 from maxact.preprocess import Preprocess
 from maxact.results import Peaks, TapResults, of_partial
+from maxact.settle import Exact
 from maxact.tap import Tap, columns
 from maxact.thumbs import Thumbs
 from maxact.topk import List
 from maxact.winners import Layout, Winners
 
 log = logging.getLogger("maxact")
-_CHUNK = 2 << 20  # bytes that a chunk may have
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # what network file systems without locks say
 _ADVICE = "make room there and run the same again (without --overwrite) to go on"
 _ERRORS = pa.schema([("image", pa.int64()), ("key", pa.string()), ("stage", pa.string()), ("error", pa.string())])
 
@@ -75,7 +74,7 @@ class Store:
         check_place(folder)
         with writing(folder):
             (folder / "run").mkdir(parents=True, exist_ok=True)
-            for left in (*folder.glob("run/state-*"), *filter(is_aside, folder.iterdir())):
+            for left in (*folder.glob("run/state-*"), *leftovers(folder.iterdir())):
                 left.unlink()
             catalog.save(folder / "images.parquet")
             create_group(folder, manifest)
@@ -151,7 +150,7 @@ class Store:
             self._forget_settling()
             write_errors(self.path / "errors.parquet", partial.bad)
             group = consolidate(self.path)
-            for left in filter(is_aside, self.path.rglob("*")):
+            for left in leftovers(self.path.rglob("*")):
                 left.unlink()
             sync_tree(self.path)
             self._mark(group, finished=True, summary=summary)
@@ -168,13 +167,19 @@ class Store:
         for name in ("run/projected.json", "thumbs.parquet"):
             (self.path / name).unlink(missing_ok=True)
 
+    def settling(self) -> dict[Path, dict[str, Any]]:
+        """The states of settling runs, and what each is about: nothing where it is damaged."""
+        paths = sorted((self.path / "run").glob("settling-*"))
+        return {path: json.loads(Exact.about(path) or "{}") for path in paths}
+
     def _forget_settling(self) -> None:
-        (self.path / "run" / "settling").unlink(missing_ok=True)
+        for path in self.settling():
+            path.unlink()
 
     def tidy(self) -> None:
         """Deletes what a finished store needs no more: what writes that were cut short left, and the states, unless
         there are bad images, whose shards can be scanned again."""
-        for left in filter(is_aside, (*self.path.iterdir(), *(self.path / "run").iterdir())):
+        for left in leftovers((*self.path.iterdir(), *(self.path / "run").iterdir())):
             left.unlink()
         if not self.bad_in_scan():
             for _, state in self._states():
@@ -237,7 +242,12 @@ class Store:
             group = open_group(self.path)
             node = group[tap.name]
             for score, end in self.manifest.lists():
-                lists[score, end] = read_peaks(node[f"{score}/{end}"], (score, end))
+                place = node[f"{score}/{end}"]
+                if "settling" in place.attrs:  # cut short: the order of 16 bits, which is whole
+                    whole = read_peaks(place["candidates"], (score, end))
+                    lists[score, end] = whole.first(self.manifest.settings[end])
+                else:
+                    lists[score, end] = read_peaks(place, (score, end))
             stats = {name: node[f"stats/{name}"][:] for name in sorted(node["stats"])}
             return TapResults(self.catalog, tap, lists, stats, node.attrs["unfit"])
         except DAMAGE as error:
@@ -272,24 +282,35 @@ class Store:
         count: int = group[f"{tap}/{key[0]}/{key[1]}"].attrs.get("settled", 0)
         return count
 
+    def is_settled(self, tap: str, ranks: int) -> bool:
+        """Whether the first `ranks` of all lists of a tap, or what was kept of them, are in the order of float32."""
+        kept = self.manifest.settings
+        return all(self.settled(tap, key) >= min(ranks, kept[key[1]]) for key in self.manifest.lists())
+
     def settled_deviation(self) -> float:
         """The largest deviation (`settle.Settled`) that was seen when lists were settled."""
         group = open_group(self.path)
         lists = [group[f"{tap}/{score}/{end}"] for tap in self for score, end in self.manifest.lists()]
         return max((node.attrs.get("deviation", 0.0) for node in lists), default=0.0)
 
-    def write_settled(
-        self, tap: str, key: List, peaks: Peaks, certain: NDArray[np.bool_], ranks: int, deviation: float
-    ) -> None:
-        """Replaces a list by one whose first `ranks` are settled."""
+    def write_settled(self, tap: str, key: List, peaks: Peaks, certain: NDArray[np.bool_]) -> None:
+        """Replaces a list by a settled one. Until `mark_settled` the candidates are read in its place."""
+        place = f"{tap}/{key[0]}/{key[1]}"
         with changing(self.path, _ADVICE) as group:
-            node = group[f"{tap}/{key[0]}/{key[1]}"]
+            node = group[place]
+            node.attrs.put(_without_settling(node.attrs) | {"settling": True})
+            sync_attributes(self.path / place)
             for name, values in peaks._asdict().items():
                 if values is not None:
-                    node[name][:] = values  # in place: cut short, there is still something to read
+                    node[name][:] = values
             write_array(node, "certain", certain, ("channel",), False)
-            # last: without them all of this is done again
-            node.attrs.update({"settled": ranks, "deviation": deviation})
+        self.__dict__.pop("_results", None)
+
+    def mark_settled(self, tap: str, key: List, ranks: int, deviation: float) -> None:
+        """Says that the first `ranks` of a list are settled, after all that `write_settled` wrote is on the disk."""
+        with changing(self.path, _ADVICE) as group:
+            node = group[f"{tap}/{key[0]}/{key[1]}"]
+            node.attrs.put(_without_settling(node.attrs) | {"settled": ranks, "deviation": deviation})
         self.__dict__.pop("_results", None)
 
     def winners(self, tap: str, score: str = "max", end: str = "top") -> Winners:
@@ -328,9 +349,11 @@ class Store:
         """Ends a second pass: the images that it could not have, and what it was."""
         with changing(self.path, _ADVICE):
             write_errors(self.path / "errors.parquet", (*self.bad_in_scan(), *bad))
-            for left in filter(is_aside, self.path.rglob("*")):
+            for left in leftovers(self.path.rglob("*")):
                 left.unlink()
-            self._forget_settling()
+            for path, about in self.settling().items():
+                if about and all(self.is_settled(tap, about["ranks"]) for tap in about["taps"]):
+                    path.unlink()
             group = consolidate(self.path)
             self._mark(group, projected=facts)
 
@@ -381,6 +404,11 @@ class Store:
                 return pq.read_table(pa.OSFile(path))
         state = self.state()
         return _error_table(state.bad if state else ())
+
+
+def _without_settling(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of a list without those that settling gives it."""
+    return {name: value for name, value in attributes.items() if name not in ("settling", "settled", "deviation")}
 
 
 def _error_table(bad: tuple[BadImage, ...]) -> pa.Table:

@@ -21,7 +21,7 @@ from torch import nn
 
 from maxact.config import At, Precision
 from maxact.errors import MaxactError, UsageError
-from maxact.models import Normalised
+from maxact.models import Model, Normalised
 from maxact.preprocess import one_line
 from maxact.tap import Tap, columns
 from maxact.trace import Call, trace
@@ -86,6 +86,15 @@ def find(network: Normalised, images: torch.Tensor, layers: Sequence[str] = (), 
             "no layer to tap: the network runs no convolution and no linear layer; name others with --layers"
         )
     return Found(tuple(taps.values()), idle)
+
+
+def find_taps(model: Model, layers: Sequence[str] = (), at: At = "norm") -> Found:
+    """The taps of a loaded model (`find`), on images of its own size."""
+    preprocess = model.preprocess
+    weight = next(model.network.parameters(), torch.empty(0))
+    dtype = torch.float32 if preprocess.function else torch.uint8
+    blank = torch.zeros((2, *preprocess.shape), dtype=dtype, device=weight.device)
+    return find(Normalised(model.network, preprocess).to(weight.device), blank, layers, at)
 
 
 def _choose(modules: dict[str, nn.Module], layers: Sequence[str]) -> tuple[list[str], set[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +20,14 @@ from maxact.archives import reading
 from maxact.config import cores
 from maxact.crops import visible
 from maxact.errors import MaxactError
+from maxact.fetch import Unreadable, check_readable
 from maxact.files import replace_file
 from maxact.inputs import Inputs
+from maxact.partial import BadImage
 
 _SCHEMA = pa.schema([("image", pa.int64()), ("webp", pa.binary())])
 _GROUP = 32  # pictures in a row group, which is read as a whole
+_AT_ONCE = 256  # images that are read together
 _QUALITY = 85
 
 
@@ -58,25 +62,44 @@ class Thumbs:
         return place if place < len(self.numbers) and self.numbers[place] == number else None
 
 
-def update(path: Path, numbers: Sequence[int], inputs: Inputs, report: Callable[[int, int], None]) -> None:
-    """Makes the file hold the pictures of some images, ascending, beside those that it has; `report` is told how many
-    of how many are done. Images that cannot be had are left out. Raises OSError where it cannot be written."""
+def update(
+    path: Path, numbers: Sequence[int], inputs: Inputs, stop: threading.Event, report: Callable[[int, int], None]
+) -> list[BadImage]:
+    """Makes the file hold the pictures of some images, ascending, beside those that it has, and gives those that
+    cannot be had. `report` is told how many of how many are done.
+
+    Setting `stop` ends it early; a later call goes on from there, as it does after an error. Raises OSError where the
+    file cannot be written, and Unreadable where too many images cannot be read.
+    """
     old = Thumbs(path) if path.exists() else None
     missing = [number for number in numbers if old is None or number not in old]
+    bad: list[BadImage] = []
+    failure: Unreadable | None = None
     if not missing and old is not None:
-        return
+        return bad
 
     def made() -> Iterator[tuple[int, bytes]]:
+        nonlocal failure
         with ThreadPoolExecutor(cores(), "maxact-webp") as pool:
-            for start in range(0, len(missing), _GROUP):
-                part = missing[start : start + _GROUP]
-                found, _ = inputs.get(part)
+            for start in range(0, len(missing), _AT_ONCE):
+                part = missing[start : start + _AT_ONCE]
+                found, refused = inputs.get(part)
+                try:
+                    check_readable("pictures", len(part), refused)
+                except Unreadable as error:
+                    failure = error
+                if stop.is_set() or failure:
+                    return
+                bad.extend(refused)
                 there = [number for number in part if number in found]
                 yield from zip(there, pool.map(_webp, [found[number].pixels for number in there]), strict=True)
-                report(min(start + _GROUP, len(missing)), len(missing))
+                report(min(start + _AT_ONCE, len(missing)), len(missing))
 
     kept = ((int(number), old[number]) for number in old.numbers) if old else iter(())
     write_thumbs(path, heapq.merge(kept, made(), key=lambda row: row[0]))
+    if failure:
+        raise failure
+    return bad
 
 
 def _webp(pixels: torch.Tensor) -> bytes:

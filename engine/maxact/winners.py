@@ -1,7 +1,7 @@
 """What the second pass keeps of the winners of one list: where they lie, their crops and their projections.
 
 The arrays lie in the store beside the list itself, `<tap>/<score>/<end>/`, and have its ranks, of which the first
-`Layout.shown` are filled in. With store.py the only file that imports zarr.
+`Layout.shown` are filled in. With arrays.py all that imports zarr.
 """
 
 from __future__ import annotations

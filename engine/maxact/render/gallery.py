@@ -87,21 +87,21 @@ def write_gallery(
     with writing(out):
         if index.exists() and GENERATOR not in index.read_text(errors="replace"):
             raise MaxactError(f"{index}: is not a gallery; choose another folder")
-        names = file_names(list(chosen))
-        total = sum(len(rows) for sprites in all_sprites for _, rows in sprites.work(chosen[sprites.tap]))
-        done, stamp = 0, hashlib.blake2b(digest_size=6)
-        pool = ThreadPoolExecutor(cores(), "maxact-sprites")  # PIL and numpy let go of the interpreter
-        try:
-            for sprites in all_sprites:
-                folder = out / "img" / names[sprites.tap] / "-".join(sprites.list)
-                for count in _write_sprites(sprites, chosen[sprites.tap], folder, pool, stamp):
-                    done += count
-                    report(done, total)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        pages = _pages(store, chosen, names, {(each.tap, each.list): each for each in all_sprites}, label_names or {})
-        covered = ((page, _write_cover(out, page)) for page in pages)
-        return write_site(out, _about(store), covered, stamp)
+    names = file_names(list(chosen))
+    total = sum(len(rows) for sprites in all_sprites for _, rows in sprites.work(chosen[sprites.tap]))
+    done, stamp = 0, hashlib.blake2b(digest_size=6)
+    pool = ThreadPoolExecutor(cores(), "maxact-sprites")  # PIL and numpy let go of the interpreter
+    try:
+        for sprites in all_sprites:
+            folder = out / "img" / names[sprites.tap] / "-".join(sprites.list)
+            for count in _write_sprites(sprites, chosen[sprites.tap], out, folder, pool, stamp):
+                done += count
+                report(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    pages = _pages(store, chosen, names, {(each.tap, each.list): each for each in all_sprites}, label_names or {})
+    covered = ((page, _write_cover(out, page)) for page in pages)
+    return write_site(out, _about(store, all_sprites[0].sheet.whole), covered, stamp)
 
 
 def _choose(store: Store, layers: Sequence[str], channels: Sequence[int] | None) -> dict[str, list[int]]:
@@ -130,36 +130,42 @@ def _all_sprites(store: Store, chosen: Mapping[str, Sequence[int]]) -> list[Spri
 
 
 def _write_sprites(
-    sprites: Sprites, channels: Sequence[int], folder: Path, pool: ThreadPoolExecutor, stamp: Any
+    sprites: Sprites, channels: Sequence[int], out: Path, folder: Path, pool: ThreadPoolExecutor, stamp: Any
 ) -> Iterator[int]:
     """Writes the sprites of one list that are not there yet; gives how many each of its blocks has, as they are done.
 
-    `made.json` says what each block's sprites were made from.
+    `made.json` says what each channel's sprite was made from.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     record = folder / "made.json"
     made: dict[str, str] = {}
     with suppress(OSError, ValueError):
         made = dict(json.loads(record.read_text()))
+    with writing(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)  # cut short, nobody knows which of the sprites are new
 
-    def write(block: range, rows: list[int]) -> tuple[str, str, int]:
-        values, name = sprites.read(block), str(block.start)
-        digest = sprites.digest(values)
-        left = [row for row in rows if made.get(name) != digest or not (folder / f"{block[row]}.webp").exists()]
+    def write(block: range, rows: list[int]) -> dict[str, str]:
+        values = sprites.read(block)
+        digests = {row: sprites.digest(values, row) for row in rows}
+        there = {row for row in rows if (folder / f"{block[row]}.webp").exists()}
+        left = [row for row in rows if row not in there or made.get(str(block[row])) != digests[row]]
         for row, sprite in sprites.draw(values, left):
+            data = encode(sprite)
             path = folder / f"{block[row]}.webp"
             aside = path.with_suffix(".part")
-            aside.write_bytes(encode(sprite))
-            aside.replace(path)
-        return name, digest, len(rows)
+            with writing(out):
+                aside.write_bytes(data)
+                aside.replace(path)
+        return {str(block[row]): digest for row, digest in digests.items()}
 
     tasks = [pool.submit(write, *work) for work in sprites.work(channels)]
-    now = {}
+    now: dict[str, str] = {}
     for task in as_completed(tasks):
-        name, now[name], count = task.result()
-        yield count
+        now |= task.result()
+        yield len(task.result())
     stamp.update(json.dumps(sorted(now.items())).encode())
-    record.write_text(json.dumps(made | now))
+    with writing(out):
+        record.write_text(json.dumps(made | now))
 
 
 def _pages(
@@ -252,17 +258,19 @@ def _write_cover(out: Path, page: TapPage) -> int:
     name, each = next(((name, each) for name, each in page.lists.items() if any(each.pictured)), ("", None))
     if each is None or each.sheet is None:
         return 0
-    tiles = each.sheet.blocks["crop"]
+    cells = each.sheet.blocks["crop"]
     found: list[Image.Image] = []
     for place, rank in _telling(page, each)[:_COVER]:
-        y, x = tiles.place(rank)
+        y, x = cells.place(rank)
         with Image.open(folder / name.replace("/", "-") / f"{page.shown[place]}.webp") as sprite:
-            tile = sprite.convert("RGB").crop((x, y, x + tiles.width, y + tiles.height))
+            tile = sprite.convert("RGB").crop((x, y, x + cells.width, y + cells.height))
         found.append(ImageOps.fit(tile, (_TILE, _TILE), Image.Resampling.LANCZOS))
     cover = Image.new("RGB", (_TILE * max(len(found), 1), _TILE))
     for index, tile in enumerate(found):
         cover.paste(tile, (index * _TILE, 0))
-    (folder / "cover.webp").write_bytes(encode(np.asarray(cover)))
+    data = encode(np.asarray(cover))
+    with writing(out):
+        (folder / "cover.webp").write_bytes(data)
     return len(found)
 
 
@@ -292,8 +300,8 @@ def _telling(page: TapPage, each: ListPage) -> list[tuple[int, int]]:
     return inside + others
 
 
-def _about(store: Store) -> dict[str, Any]:
-    """What the first page says of the whole."""
+def _about(store: Store, shape: tuple[int, int]) -> dict[str, Any]:
+    """What the first page says of the whole; `shape` is the model input's."""
     manifest = store.manifest
     model, settings, summary = manifest.model, manifest.settings, manifest.summary or {}
     pre, projected = manifest.preprocessing, manifest.projected or {}
@@ -313,5 +321,6 @@ def _about(store: Store) -> dict[str, Any]:
     return {
         "title": model["name"],
         "images": int(manifest.images["count"]),
+        "input": shape,
         "facts": [(name, str(value)) for name, value in facts if value not in (None, "", 0)],
     }

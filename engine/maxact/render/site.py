@@ -24,6 +24,7 @@ from typing import Any
 import jinja2
 from numpy.typing import NDArray
 
+from maxact.files import writing
 from maxact.render.sprites import Sheet
 
 _PART = 128  # channels whose winners are in one data file
@@ -67,30 +68,35 @@ class TapPage:
 def write_site(out: Path, about: Mapping[str, Any], pages: Iterable[tuple[TapPage, int]], stamp: Any) -> Path:
     """Writes all but the pictures: data, scripts, style and, last, the page itself, whose path it gives.
 
-    about: title, images and facts (name, value) of the whole. pages: taps in order, with the number of crops on the
-    cover. stamp: a hash of the pictures, which grows by the data; browsers keep files for as long as it stays.
+    about: title, images, input (its height and width) and facts (name, value) of the whole. pages: taps in order, with
+    the number of crops on the cover; may be read while others are written. stamp: a hash of the pictures, which grows
+    by the data; browsers keep files for as long as it stays.
+
+    Raises MaxactError where it cannot be written.
     """
-    (out / "data").mkdir(parents=True, exist_ok=True)
     taps = []
     for place, (page, cover) in enumerate(pages):
-        for name, text in _tap_files(place, page):
-            stamp.update(text.encode())
-            (out / "data" / f"{name}.js").write_text(text)
+        with writing(out):
+            (out / "data").mkdir(parents=True, exist_ok=True)
+            for name, text in _tap_files(place, page):
+                stamp.update(text.encode())
+                (out / "data" / f"{name}.js").write_text(text)
         taps.append(page.facts | {"cover": cover, "shown": len(page.shown)})
-    text = _script("index", {**about, "taps": taps, "part": _PART})
-    stamp.update(text.encode())
-    (out / "data" / "index.js").write_text(text)
     package = files("maxact.render")
-    (out / "static").mkdir(exist_ok=True)
-    for each in package.joinpath("static").iterdir():
-        content = each.read_bytes()
+    static = {each.name: each.read_bytes() for each in package.joinpath("static").iterdir()}
+    text = _script("index", {**about, "taps": taps, "part": _PART})
+    for content in (text.encode(), *static.values()):
         stamp.update(content)
-        (out / "static" / each.name).write_bytes(content)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
         package.joinpath("templates/index.html.j2").read_text("utf-8")
     )
     index = out / "index.html"
-    index.write_text(template.render(about=about, taps=taps, stamp=stamp.hexdigest()), "utf-8")
+    with writing(out):
+        (out / "data" / "index.js").write_text(text)
+        (out / "static").mkdir(exist_ok=True)
+        for name, content in static.items():
+            (out / "static" / name).write_bytes(content)
+        index.write_text(template.render(about=about, taps=taps, stamp=stamp.hexdigest()), "utf-8")
     return index
 
 

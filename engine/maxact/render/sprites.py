@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maxact.errors import MaxactError
-from maxact.render.tiles import SMALL, stretch
+from maxact.render.tiles import SMALL, stretch, surroundings
 from maxact.store import Store
 from maxact.thumbs import Thumbs
 from maxact.topk import List
@@ -33,7 +33,6 @@ Size = tuple[int, int]  # height, width
 VERSION = 1  # of what is drawn and how: another one makes every sprite anew
 _WHOLE = 128  # pixels of a whole image's longer side
 _MAP = 64  # of an activation map's, which is smooth
-_AROUND = 1.5  # how much larger than a small field the part of the image is that shows it
 _EDGE = 1  # pixels around each tile that repeat its own, so that neighbours never show when it is scaled
 _BLANK = 128  # the grey of a tile that is not there
 _DARKEST = 56  # of an activation map, which darkens the image below it
@@ -41,7 +40,7 @@ _QUALITY, _EFFORT = 78, 2
 
 
 @dataclass(frozen=True)
-class Tiles:
+class Cells:
     """One block of a sheet: tiles of `height` by `width` pixels, `across` in a row, from pixel (x, 0) on."""
 
     x: int
@@ -70,7 +69,7 @@ class Sheet:
     around it is shown; `field` the size of the field in it, and None elsewhere.
     """
 
-    blocks: dict[str, Tiles]
+    blocks: dict[str, Cells]
     window: Size | None
     field: Size | None
     whole: Size  # of the model input
@@ -83,10 +82,9 @@ class Sheet:
         scale = min(1.0, _WHOLE / max(whole))
         sizes = {"crop": layout.frame}
         window = field = None
-        if layout.cut == "field" and layout.scale == 1 and max(layout.frame) < SMALL:
+        if around := surroundings(layout):
             field = layout.frame
-            larger = max(SMALL / max(field), _AROUND)
-            window = sizes["crop"] = (_grow(height, larger), _grow(width, larger))
+            window = sizes["crop"] = (height + 2 * around[0], width + 2 * around[1])
         times = math.ceil(SMALL / max(layout.frame))  # colours are kept at half the resolution, and blur in tiny tiles
         sizes |= {f"projection/{method}": (height * times, width * times) for method in layout.methods}
         sizes["whole"] = (max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale)))
@@ -95,7 +93,7 @@ class Sheet:
             sizes["map"] = (max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale)))
         blocks, x = {}, 0
         for name, (tall, wide) in sizes.items():
-            blocks[name] = Tiles(x, tall, wide, across, layout.shown)
+            blocks[name] = Cells(x, tall, wide, across, layout.shown)
             x += blocks[name].size[1]
         return cls(blocks, window, field, whole)
 
@@ -108,11 +106,6 @@ class Sheet:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self) | {"size": self.size, "edge": _EDGE}
-
-
-def _grow(length: int, factor: float) -> int:
-    """About `factor` times as long, by an even number of pixels: the middle stays the middle."""
-    return length + 2 * math.ceil(length * (factor - 1) / 2)
 
 
 class Sprites:
@@ -152,12 +145,13 @@ class Sprites:
         names = ("box", "focus_box", "crop_box")
         return np.stack([self._winners.read(name, 0, self.layout.channels) for name in names], 2)
 
-    def digest(self, values: Mapping[str, NDArray[Any]]) -> str:
-        """Stands for all that the sprites of some channels are made from, given what `read` gave."""
-        whole = hashlib.blake2b(f"{VERSION} {_QUALITY} {_EFFORT} {self.sheet}".encode(), digest_size=12)
+    def digest(self, values: Mapping[str, NDArray[Any]], row: int) -> str:
+        """Stands for all that the sprite of a row of what `read` gave is made from."""
+        there = [number in self._pictures for number in values["image"][row].tolist()]
+        whole = hashlib.blake2b(f"{VERSION} {_QUALITY} {_EFFORT} {self.sheet} {there}".encode(), digest_size=12)
         for name, value in values.items():
-            whole.update(f"{name} {value.shape}".encode())
-            whole.update(np.ascontiguousarray(value).data)
+            whole.update(f"{name} {value[row].shape}".encode())
+            whole.update(np.ascontiguousarray(value[row]).data)
         return whole.hexdigest()
 
     def draw(self, values: Mapping[str, NDArray[Any]], chosen: Sequence[int]) -> Iterator[tuple[int, Pixels]]:
@@ -170,39 +164,39 @@ class Sprites:
             sprite = np.full((*self.sheet.size, 3), _BLANK, np.uint8)
             for rank in np.flatnonzero(there[row]).tolist():
                 image = images.get(int(values["image"][row, rank]))
-                for name, tiles in self.sheet.blocks.items():
-                    tile = self._tile(name, tiles, values, row, rank, image)
+                for name, cells in self.sheet.blocks.items():
+                    tile = self._tile(name, cells, values, row, rank, image)
                     if tile is not None:
-                        _put(sprite, tile, tiles.place(rank))
+                        _put(sprite, tile, cells.place(rank))
             yield row, sprite
 
     def _tile(
         self,
         name: str,
-        tiles: Tiles,
+        cells: Cells,
         values: Mapping[str, NDArray[Any]],
         row: int,
         rank: int,
         image: Image.Image | None,
     ) -> Pixels | None:
-        size = (tiles.width, tiles.height)
+        size = (cells.width, cells.height)
         if name == "whole":
             return None if image is None else _pixels(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0))
         if name == "map":
             return _shade(-values[name][row, rank] if self._bottom else values[name][row, rank], size)
         if name == "crop" and self.sheet.window and image is not None:
             y0, x0 = values["crop_box"][row, rank, :2].tolist()
-            y0 -= (tiles.height - self.layout.frame[0]) // 2
-            x0 -= (tiles.width - self.layout.frame[1]) // 2
-            return _pixels(image.crop((x0, y0, x0 + tiles.width, y0 + tiles.height)))  # black beyond the image
+            y0 -= (cells.height - self.layout.frame[0]) // 2
+            x0 -= (cells.width - self.layout.frame[1]) // 2
+            return _pixels(image.crop((x0, y0, x0 + cells.width, y0 + cells.height)))  # black beyond the image
         if name != "crop" and not np.isfinite(values[name.replace("projection", "projection_scale")][row, rank]):
             return None
         found: Pixels = values[name][row, rank] if name == "crop" else stretch(values[name][row, rank])
-        if found.shape[:2] == (tiles.height, tiles.width):
+        if found.shape[:2] == (cells.height, cells.width):
             return found
         if name == "crop":  # the thumb is missing, and with it what lies around the field
             return _pixels(Image.fromarray(found).resize(size, Image.Resampling.BICUBIC))
-        times = tiles.height // found.shape[0]
+        times = cells.height // found.shape[0]
         return found.repeat(times, 0).repeat(times, 1)
 
 
@@ -221,6 +215,9 @@ class Pictures:
             width, height = self._open(self._thumbs, int(self._thumbs.numbers[0])).size
             self.size = (height, width)  # a preprocess function has a size of its own
 
+    def __contains__(self, number: int) -> bool:
+        return self._thumbs is not None and number in self._thumbs
+
     def get(self, numbers: NDArray[np.int64]) -> dict[int, Image.Image]:
         """Those of `numbers` that are there, each once; in their order in the file, which is read in groups."""
         thumbs = self._thumbs
@@ -229,12 +226,12 @@ class Pictures:
         return {number: self._open(thumbs, number) for number in np.unique(numbers).tolist() if number in thumbs}
 
     def _open(self, thumbs: Thumbs, number: int) -> Image.Image:
-        with self._lock:
-            data = thumbs[number]
         try:
+            with self._lock:
+                data = thumbs[number]
             with Image.open(io.BytesIO(data)) as opened:
                 return opened.convert("RGB")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # Arrow's are one or the other
             raise MaxactError(f"{self._path}: the picture of image {number} is damaged; project again") from error
 
 

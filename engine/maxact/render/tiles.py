@@ -21,6 +21,7 @@ from maxact.pictures import open_picture, rgb
 from maxact.store import Store
 from maxact.thumbs import Thumbs
 from maxact.topk import List
+from maxact.winners import Layout
 
 Kind = Literal["crop", "projection"]
 Size = tuple[int, int]  # width, height: as PIL has them
@@ -119,11 +120,11 @@ class Tiles:
         box = self._box("crop_box", channel, rank)
         if box is None:
             return None
-        window = _around(box)
-        thumb = self._thumb(channel, rank) if window != box else None
-        if thumb is None:
+        around = surroundings(self.layout)
+        thumb = self._thumb(channel, rank) if around else None
+        if around is None or thumb is None:
             return scale(Image.fromarray(self._read("crop", channel)[rank]), size)
-        y0, x0, y1, x1 = window
+        window = y0, x0, y1, x1 = box[0] - around[0], box[1] - around[1], box[2] + around[0], box[3] + around[1]
         tile = scale(thumb.crop((x0, y0, x1, y1)), size)  # black beyond the image, as in the store's own crops
         return outline(tile, box, window)
 
@@ -209,15 +210,14 @@ def outline(tile: Image.Image, box: Box, window: Box) -> Image.Image:
     return tile
 
 
-def _around(box: Box) -> Box:
-    """A box of at least SMALL pixels around a smaller one, in the same proportions; others as they are."""
-    y0, x0, y1, x1 = box
-    side = max(y1 - y0, x1 - x0)
-    if side >= SMALL:
-        return box
-    extra = (max(SMALL / side, _AROUND) - 1) / 2
-    y, x = math.ceil((y1 - y0) * extra), math.ceil((x1 - x0) * extra)
-    return y0 - y, x0 - x, y1 + y, x1 + x
+def surroundings(layout: Layout) -> tuple[int, int] | None:
+    """How many pixels above and below, and left and right, of a small field are shown with it: the longer
+    side becomes SMALL at least, the proportions stay. None where the crop is shown as it is."""
+    height, width = layout.frame
+    if layout.cut != "field" or layout.scale != 1 or max(layout.frame) >= SMALL:
+        return None
+    extra = (max(SMALL / max(layout.frame), _AROUND) - 1) / 2
+    return math.ceil(height * extra), math.ceil(width * extra)
 
 
 def _within(width: int, height: int, side: int) -> Size:

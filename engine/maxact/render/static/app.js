@@ -39,7 +39,9 @@ async function draw() {
   if (turn !== drawn) return;
   main.classList.remove("waiting");
   const control = main.contains(document.activeElement) ? document.activeElement.name : "";
+  nearing.disconnect();
   main.replaceChildren(...page.filter(Boolean));
+  main.querySelectorAll(".more").forEach((more) => nearing.observe(more));
   const title = maxact.site.title;
   const here = tap ? [channel, tap.name].filter((part) => part !== null).join(" · ") : "";
   document.title = here ? `${here} · ${title}` : `${title} · maxact`;

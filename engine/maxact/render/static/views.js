@@ -29,8 +29,11 @@ const facts = (pairs) => h("dl.facts", {}, pairs.filter(([, value]) => value).ma
 const size = (pair) => (pair[0] === pair[1] ? `${pair[0]}` : `${pair[0]} × ${pair[1]}`);
 
 function fieldFacts(tap) {
-  if (tap.global) return [["field", "the whole image"]];
-  return tap.field ? [["field", `${tap.field.size.join(" × ")} px`], ["stride", `${size(tap.field.stride)} px`]] : [];
+  const { field, global } = tap;
+  const gated = global && field?.size.some((length, axis) => length < maxact.site.input[axis]); // squeeze-excite
+  if (global && !gated) return [["field", "the whole image"]];
+  const gate = gated ? ", gated by the whole image" : "";
+  return field ? [["field", `${field.size.join(" × ")} px${gate}`], ["stride", `${size(field.stride)} px`]] : [];
 }
 
 function tapFacts(tap) {
@@ -118,6 +121,16 @@ function tabs(tap, channel, data, name, options) {
     h("a", { href: link(tap, channel, { ...options, list: each }), "aria-current": each === name ? "true" : null }, listName(each))));
 }
 
+/** Presses "More" when it comes near. It is observed anew each time: an observer tells of changes only. */
+const nearing = new IntersectionObserver((seen) => {
+  for (const { target, isIntersecting } of seen) {
+    if (!isIntersecting) continue;
+    nearing.unobserve(target);
+    target.click();
+    nearing.observe(target);
+  }
+}, { rootMargin: "800px" });
+
 function tapView(tap, data, options, last) {
   const [name, list] = chosenList(data, options);
   const places = ordered(data, list, options);
@@ -149,7 +162,6 @@ function tapView(tap, data, options, last) {
     more.hidden = added >= places.length;
   };
   more.addEventListener("click", add);
-  new IntersectionObserver((seen) => seen.some((each) => each.isIntersecting) && !more.hidden && add(), { rootMargin: "800px" }).observe(more);
   return [
     crumbs([["All taps", "#/"]], stepper(maxact.site.taps, tap.number, (each) => link(each), "tap")),
     h("h1", {}, bdi(tap.name)),
