@@ -20,7 +20,7 @@ class Ledger:
     `deviation` is the largest difference between a recomputed score and the stored one, as a share of the stored one
     or of the channel's standard deviation, whichever is larger; `settled` the same between the float32 scores that
     settled the order and the 16-bit ones of the scan. `whole` names the taps whose winners had to be projected on
-    whole images.
+    whole images. `clean` is false while the arrays of an earlier pass are deleted.
     """
 
     settings: dict[str, Any]
@@ -29,6 +29,7 @@ class Ledger:
     deviation: float = 0.0
     settled: float = 0.0
     whole: list[str] = field(default_factory=list)
+    clean: bool = True
 
     def left(self, place: str, channels: Iterable[int]) -> list[int]:
         """Those of some channels of a list that are not done."""

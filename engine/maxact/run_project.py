@@ -171,8 +171,9 @@ class _Pass:
                 "give --overwrite to start the second pass again"
             )
         if ledger is None:
-            self._store.remove_winners()
-            ledger = Ledger(settings)
+            ledger = Ledger(settings, clean=not overwrite)
+        elif not ledger.done and ledger.settings != settings:  # begun, and nothing done: there is nothing to lose
+            ledger = Ledger(settings, clean=False)
         if different := [
             f"{name}: {value}, not {settings.get(name)}"
             for name, value in ledger.settings.items()
@@ -183,7 +184,11 @@ class _Pass:
                 "--overwrite to start the second pass again"
             )
         self._ledger = ledger
-        self._commit()  # before there is any array
+        self._commit()  # before there is any array, or none any more
+        if not ledger.clean:
+            self._store.remove_winners()
+            ledger.clean = True
+            self._commit()
 
     def _is_projected(self) -> bool:
         """Whether some list has arrays of a second pass."""

@@ -338,7 +338,7 @@ class Store:
         """Deletes what a second pass wrote, but for the order that it settled."""
         with changing(self.path, _ADVICE) as group:
             self._mark(group, projected=None)
-            self._forget_projection()  # before the arrays: cut short, nothing says that they are there
+            (self.path / "thumbs.parquet").unlink(missing_ok=True)
             for tap in self:
                 for score, end in self.manifest.lists():
                     Winners.remove(group[f"{tap}/{score}/{end}"])
