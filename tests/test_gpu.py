@@ -12,6 +12,7 @@ from torch import nn
 
 import maxact
 from maxact.decode import make_decoder
+from maxact.deconv import Projector
 from maxact.models import Normalised, load_model
 from maxact.taps import Taps, find
 from maxact_kernels import peaks
@@ -115,3 +116,29 @@ def test_the_same_scan_again_gives_the_same_bits(tmp_path: Path) -> None:
     for tap in stores[0]:
         for mine, theirs in zip(*(store[tap].lists["max", "top"] for store in stores), strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("method", ["deconvnet", "guided", "gradient"])
+def test_projections_agree_with_those_on_the_cpu(method: str) -> None:
+    model = load_model("vgg11", weights="none", crop=64, resize=64)
+    network = model.network
+    tap = next(tap for tap in find(Normalised(network, model.preprocess), BLANK).taps if tap.name == "features.8")
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    index, channels, positions = [0, 1, 2, 3, 3], [0, 5, 7, 9, 11], [[0, 0], [3, 4], [15, 15], [8, 2], [1, 9]]
+    torch.backends.cudnn.allow_tf32 = False
+    found = []
+    for device in ("cpu", "cuda"):
+        with Projector(network.to(device), tap, method) as projector:  # type: ignore[arg-type]
+            found.append(projector(images.to(device), index, channels, positions))
+    expected, got = found
+    torch.testing.assert_close(got.score.cpu(), expected.score, rtol=1e-3, atol=1e-4)
+    scale = float(expected.signal.abs().max())
+    torch.testing.assert_close(got.signal.cpu(), expected.signal, rtol=1e-2, atol=1e-3 * scale)
+
+
+def test_a_second_pass(tmp_path: Path) -> None:
+    """The winners' recomputed scores are the stored ones, though the decoders differ by some levels."""
+    write_photographs(tmp_path / "photos", 6)
+    store = maxact.scan("tiny:network", tmp_path / "photos", tmp_path / "x", top=3, batch=2, device="cuda")
+    done = maxact.project(store, device="cuda", ranks=2)
+    assert done.manifest.projected is not None and done.winners("bn1").projected().all()
