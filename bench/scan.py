@@ -4,7 +4,8 @@ F is the bare forward rate of the network on tensors in memory, D the rate of th
 memory, both with the threads, batch and precision of the scan, and with the C library's allocator set as in the
 scan. Where both share the cores the limit is 1 / (1/F + 1/D). Scan, F and D are measured in turn, several rounds;
 the ratio is the median of the rounds' ratios. The same is given in CPU seconds, which other processes on the machine
-disturb less: (F's + D's) / the scan's, per image.
+disturb less: (F's + D's) / the scan's, per image. And once more with F in a process of its own that sets nothing: what
+a user's own script has, and what a user who knows none of that would call the limit.
 
 A round of the scan is half a shard that begins with empty heaps. A whole shard is a little cheaper: heaps that have
 seen more images take fewer of the next. A scan of every photograph beforehand loads the kernels.
@@ -12,6 +13,9 @@ seen more images take fewer of the next. A scan of every photograph beforehand l
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -66,6 +70,35 @@ def forward(model: Model, batch: int, batches: int, threads: int, precision: str
             for _ in range(batches):
                 network(images)
             return watch.per(batches * batch)
+
+    return run
+
+
+def plain(name: str, batch: int, batches: int, threads: int, precision: str) -> Callable[[], Cost]:
+    """The bare network as a script of anybody's runs it: a process of its own, without the scan's settings of the
+    allocator and of waiting threads, which make the network itself faster."""
+    script = f"""
+import time, torch
+from torchvision.models import get_model
+torch.set_num_threads({threads})
+network = get_model({name!r}, weights=None).eval().to(memory_format=torch.channels_last)
+images = torch.rand({batch}, 3, 224, 224).to(memory_format=torch.channels_last)
+with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled={precision == "bf16"}):
+    for _ in range({WARM_UP}):
+        network(images)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range({batches}):
+        network(images)
+    print(time.perf_counter() - wall, time.process_time() - cpu)
+"""
+    ours = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+
+    def run() -> Cost:
+        said = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        return Cost(*(float(seconds) / (batch * batches) for seconds in said))
 
     return run
 
@@ -138,18 +171,35 @@ def main() -> None:
                 "forward": forward(model, args.batch, args.batches // 4, args.threads, args.precision),
                 "decode": decode(model, catalog, args.batch, args.batches, args.threads),
                 "scan": whole(job),
+                "plain": plain(name, args.batch, args.batches // 4, args.threads, args.precision),
             },
             args.rounds,
         )
         costs = list(zip(measured["forward"], measured["decode"], measured["scan"], strict=True))
         ratio = median([(f.wall + d.wall) / s.wall for f, d, s in costs])
         cpu_ratio = median([(f.cpu + d.cpu) / s.cpu for f, d, s in costs])
+        plains = [(p.wall + c[1].wall) / c[2].wall for p, c in zip(measured["plain"], costs, strict=True)]
+        p = median([cost.wall for cost in measured["plain"]])
         f, d, s = (median([cost.wall for cost in measured[key]]) for key in ("forward", "decode", "scan"))
-        rows.append((name, args.precision, len(found.taps), 1 / f, 1 / d, 1 / (f + d), 1 / s, ratio, cpu_ratio))
+        rows.append(
+            (
+                name,
+                args.precision,
+                len(found.taps),
+                1 / f,
+                1 / d,
+                1 / (f + d),
+                1 / s,
+                ratio,
+                cpu_ratio,
+                1 / p,
+                median(plains),
+            )
+        )
         values[name] = {key: [vars(cost) for cost in each] for key, each in measured.items()}
     columns = (
         *("network", "precision", "taps", "forward img/s", "decode img/s", "limit img/s", "scan img/s"),
-        *("ratio", "ratio of CPU time"),
+        *("ratio", "ratio of CPU time", "plain forward img/s", "ratio to its limit"),
     )
     finish("scan", columns, rows, {"seconds per image": values}, args.json)
 
