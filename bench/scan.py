@@ -181,21 +181,8 @@ def main() -> None:
         plains = [(p.wall + c[1].wall) / c[2].wall for p, c in zip(measured["plain"], costs, strict=True)]
         p = median([cost.wall for cost in measured["plain"]])
         f, d, s = (median([cost.wall for cost in measured[key]]) for key in ("forward", "decode", "scan"))
-        rows.append(
-            (
-                name,
-                args.precision,
-                len(found.taps),
-                1 / f,
-                1 / d,
-                1 / (f + d),
-                1 / s,
-                ratio,
-                cpu_ratio,
-                1 / p,
-                median(plains),
-            )
-        )
+        rates = 1 / f, 1 / d, 1 / (f + d), 1 / s, ratio, cpu_ratio, 1 / p, median(plains)
+        rows.append((name, args.precision, len(found.taps), *rates))
         values[name] = {key: [vars(cost) for cost in each] for key, each in measured.items()}
     columns = (
         *("network", "precision", "taps", "forward img/s", "decode img/s", "limit img/s", "scan img/s"),
