@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,13 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> maxact.S
     """A finished store of the photographs through the tiny network: both scores, both ends. Nobody changes it."""
     place = tmp_path_factory.mktemp("finished") / "store.zarr"
     return scan(photos, place, score=("max", "mean"), bottom=3)
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where there is such a place, for tests that sync thousands of files."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="maxact-") as folder:
+        yield Path(folder)

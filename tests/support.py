@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from maxact.catalog import Catalog, Shard
@@ -278,3 +279,16 @@ def lively(network: nn.Module, seed: int = 0) -> nn.Module:
         images = torch.from_numpy(np.stack([np.asarray(photograph(3 * number)) for number in range(8)]))
         network(normalised(images, SMALL))
     return network.eval()
+
+
+class Pictures(Dataset[Any]):
+    """Photographs as a map-style Dataset has them."""
+
+    def __init__(self, count: int = 6) -> None:
+        self.pictures = [photograph(number, 48) for number in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.pictures[index]

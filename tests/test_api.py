@@ -13,13 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import maxact
 import tiny
 from stores import SETTINGS, scan
-from support import photograph
+from support import Pictures, photograph
 
 both = pytest.mark.parametrize("decoder", ["dali", "torchvision"])
 
@@ -37,17 +36,6 @@ class Watched(nn.Module):
         self.seen.append(images.clone())
         result: torch.Tensor = self.inner(images)
         return result
-
-
-class Pictures(Dataset[Any]):
-    def __init__(self, count: int = 6) -> None:
-        self.pictures = [photograph(number, 48) for number in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return self.pictures[index]
 
 
 def seen(network: Watched, count: int) -> Iterator[torch.Tensor]:

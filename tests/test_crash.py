@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -41,16 +40,6 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory, where there is such a place: these tests sync thousands of files."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="maxact-") as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
 def images(whole: Store) -> Path:
     return whole.path.parent / "photos"
 
@@ -76,8 +65,8 @@ def committed(store: Path) -> set[int]:
     return set(state.shards)
 
 
-def test_killed_at_random_moments(whole: Store, images: Path, tmp_path: Path) -> None:
-    store, draw, before, code, killed = tmp_path / "x", random.Random(7), set[int](), -1, 0
+def test_killed_at_random_moments(whole: Store, images: Path, in_memory: Path) -> None:
+    store, draw, before, code, killed = in_memory / "x", random.Random(7), set[int](), -1, 0
     for life in range(LIVES):
         child = command("scan", "tiny:slow", images, store, *ARGUMENTS)
         child.process.join(draw.uniform(0.1, 0.6 + 0.1 * life))
@@ -91,14 +80,14 @@ def test_killed_at_random_moments(whole: Store, images: Path, tmp_path: Path) ->
         assert code == -signal.SIGKILL, child.err
         killed += 1
     assert code == 0 and killed >= 3
-    other = scan(images, tmp_path / "y", "tiny:slow")
+    other = scan(images, in_memory / "y", "tiny:slow")
     assert_same(store, other)
 
 
-def test_killed_at_every_step(whole: Store, images: Path, tmp_path: Path, step: int = 12) -> None:
+def test_killed_at_every_step(whole: Store, images: Path, in_memory: Path, step: int = 12) -> None:
     """One life after the other is killed when it renames, syncs or deletes a file, each some times later than the one
     before: in the middle of everything that is ever written, commits and the end of the pass among it."""
-    store, before, code = tmp_path / "x", set[int](), -1
+    store, before, code = in_memory / "x", set[int](), -1
     for life in range(LIVES):
         child = command("scan", "tiny:network", images, store, *ARGUMENTS, dies_at=1 + life * step)
         code = child.wait()
@@ -113,7 +102,7 @@ def test_killed_at_every_step(whole: Store, images: Path, tmp_path: Path, step: 
 
 
 @pytest.fixture
-def almost(whole: Store, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def almost(whole: Store, images: Path, in_memory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store in which every shard is done, and that is not finished."""
 
     def cut(self: Store, *results: object) -> None:
@@ -121,8 +110,8 @@ def almost(whole: Store, images: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Store, "finish", cut)
-        scan(images, tmp_path / "almost")
-    return tmp_path / "almost"
+        scan(images, in_memory / "almost")
+    return in_memory / "almost"
 
 
 def fields_of(store: Store) -> dict[str, Field]:
@@ -139,10 +128,10 @@ def finish(store: Path, dies_at: int) -> int:
     return 0
 
 
-def test_killed_while_it_finishes(almost: Path, whole: Store, tmp_path: Path) -> None:
+def test_killed_while_it_finishes(almost: Path, whole: Store, in_memory: Path) -> None:
     step = 2
     while True:
-        store = tmp_path / str(step)
+        store = in_memory / str(step)
         shutil.copytree(almost, store)
         code = Child(partial(finish, store, step)).wait()
         assert code in (0, -signal.SIGKILL)
@@ -160,10 +149,10 @@ def test_killed_while_it_finishes(almost: Path, whole: Store, tmp_path: Path) ->
     assert step > 100
 
 
-def test_killed_while_it_starts_again(whole: Store, images: Path, tmp_path: Path) -> None:
+def test_killed_while_it_starts_again(whole: Store, images: Path, in_memory: Path) -> None:
     """--overwrite, killed in the middle of deleting the old store: either command goes on from there."""
     for step in range(1, 110, 15):
-        store = tmp_path / str(step)
+        store = in_memory / str(step)
         shutil.copytree(whole.path, store)
         child = command("scan", "tiny:network", images, store, *ARGUMENTS, "--bottom", "2", "--overwrite", dies_at=step)
         assert child.wait() == -signal.SIGKILL
@@ -179,8 +168,8 @@ def test_killed_while_it_starts_again(whole: Store, images: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals(signum: signal.Signals, images: Path, tmp_path: Path) -> None:
-    store = tmp_path / "x"
+def test_signals(signum: signal.Signals, images: Path, in_memory: Path) -> None:
+    store = in_memory / "x"
     arguments = ("scan", "tiny:slow", images, store, *ARGUMENTS)
     child = command(*arguments, seconds=1000)  # nothing is committed before the signal
     wait_for(lambda: " 10 of 21 images" in child.so_far())
@@ -200,11 +189,11 @@ def test_signals(signum: signal.Signals, images: Path, tmp_path: Path) -> None:
     again = command(*arguments)
     assert again.wait() == 0
     assert f"going on after {count} of 21 images" in again.err
-    assert_same(store, scan(images, tmp_path / "y", "tiny:slow"))
+    assert_same(store, scan(images, in_memory / "y", "tiny:slow"))
 
 
-def test_one_run_at_a_time(images: Path, tmp_path: Path) -> None:
-    store = tmp_path / "x"
+def test_one_run_at_a_time(images: Path, in_memory: Path) -> None:
+    store = in_memory / "x"
     arguments = ("scan", "tiny:stuck", images, store, *ARGUMENTS)
     first = command(*arguments)
     wait_for(lambda: list(store.glob("run/state-*")))
@@ -215,7 +204,7 @@ def test_one_run_at_a_time(images: Path, tmp_path: Path) -> None:
         "wait for it or stop it first\n"
     )
     for name in ("info", "export"):  # reading goes on
-        reader = command(name, store, *[tmp_path / "out.parquet"][: name == "export"])
+        reader = command(name, store, *[in_memory / "out.parquet"][: name == "export"])
         assert reader.wait() == 0 and reader.err == ""
     first.kill()
     assert first.wait() == -signal.SIGKILL
@@ -236,9 +225,9 @@ class Disk:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
+def disk(in_memory: Path) -> Iterator[Disk]:
     """A small file system in memory; where none may be mounted, a limit on the size of files."""
-    folder = tmp_path / "disk"
+    folder = in_memory / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0

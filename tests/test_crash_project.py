@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +14,6 @@ from stores import Child, command, contents, names, scan, wait_for
 
 LIVES = 100  # more than any pass here can need
 ARGUMENTS = ("--ranks", "2", "--max-size", "32", "--batch", "4", "--threads", "1", "--readers", "4")
-
-
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory, where there is such a place: these tests sync thousands of files."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="maxact-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +66,10 @@ def test_an_undisturbed_pass(whole: Store) -> None:
     assert whole.manifest.projected is not None and whole.manifest.projected["settled"] > 1e-4
 
 
-def test_killed_at_every_step(halves: Store, whole: Store, tmp_path: Path, step: int = 9) -> None:
+def test_killed_at_every_step(halves: Store, whole: Store, in_memory: Path, step: int = 9) -> None:
     """One life after the other is killed when it renames, syncs or deletes a file, each some times later than the one
     before: while it settles, while it projects, and at the end."""
-    store, code, stages = copied(halves, tmp_path / "x"), -1, set[tuple[bool, bool]]()
+    store, code, stages = copied(halves, in_memory / "x"), -1, set[tuple[bool, bool]]()
     for life in range(LIVES):
         child = run(store, dies_at=1 + life * step)
         code = child.wait()
@@ -95,8 +82,8 @@ def test_killed_at_every_step(halves: Store, whole: Store, tmp_path: Path, step:
     assert_same(store, whole)
 
 
-def test_killed_at_random_moments(halves: Store, whole: Store, tmp_path: Path) -> None:
-    store, draw, code, killed = copied(halves, tmp_path / "x"), random.Random(5), -1, 0
+def test_killed_at_random_moments(halves: Store, whole: Store, in_memory: Path) -> None:
+    store, draw, code, killed = copied(halves, in_memory / "x"), random.Random(5), -1, 0
     for life in range(LIVES):
         child = run(store)
         child.process.join(draw.uniform(0.2, 0.8 + 0.2 * life))
@@ -112,9 +99,9 @@ def test_killed_at_random_moments(halves: Store, whole: Store, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dies_at", [2, 9, 20])
-def test_killed_while_it_starts_again(dies_at: int, halves: Store, whole: Store, tmp_path: Path) -> None:
+def test_killed_while_it_starts_again(dies_at: int, halves: Store, whole: Store, in_memory: Path) -> None:
     """A pass of other settings is deleted; killed in the middle of that, nothing of it counts any more."""
-    store = copied(whole, tmp_path / "x")
+    store = copied(whole, in_memory / "x")
     child = run(store, "--overwrite", "--method", "guided", dies_at=dies_at)
     assert child.wait() == -signal.SIGKILL, child.err
     assert_readable(store)
@@ -125,8 +112,8 @@ def test_killed_while_it_starts_again(dies_at: int, halves: Store, whole: Store,
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals(signum: int, code: int, halves: Store, whole: Store, tmp_path: Path) -> None:
-    store = copied(halves, tmp_path / "x")
+def test_signals(signum: int, code: int, halves: Store, whole: Store, in_memory: Path) -> None:
+    store = copied(halves, in_memory / "x")
     child = run(store)
     wait_for(lambda: "settling" in child.so_far())
     child.kill(signum)
@@ -139,8 +126,8 @@ def test_signals(signum: int, code: int, halves: Store, whole: Store, tmp_path: 
     assert_same(store, whole)
 
 
-def test_two_at_once(halves: Store, whole: Store, tmp_path: Path) -> None:
-    store = copied(halves, tmp_path / "x")
+def test_two_at_once(halves: Store, whole: Store, in_memory: Path) -> None:
+    store = copied(halves, in_memory / "x")
     children = [run(store), run(store)]
     codes = [child.wait() for child in children]
     assert 0 in codes

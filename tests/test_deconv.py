@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from captum import attr
 from torch import nn
 from torchvision import models
 
@@ -145,7 +146,6 @@ def test_is_a_deconvnet_of_transposed_convolutions_and_unpooling(at: str, images
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
 def test_is_what_captum_gives(method: Method, images: torch.Tensor) -> None:
-    captum = pytest.importorskip("captum.attr")
     network = small_vgg(inplace=False)
     names = {
         "deconvnet": "NeuronDeconvolution",
@@ -156,7 +156,7 @@ def test_is_what_captum_gives(method: Method, images: torch.Tensor) -> None:
         mine = project(network, tap, images, method).signal
         channels, positions = some(tap, len(images))
         for place, unit in enumerate(zip(channels.tolist(), *positions.T.tolist(), strict=True)):
-            theirs = getattr(captum, names[method])(network, network.get_submodule(tap.module))
+            theirs = getattr(attr, names[method])(network, network.get_submodule(tap.module))
             chosen = unit if tap.name.startswith("f") else unit[:1]
             close(mine[place : place + 1], theirs.attribute(images[place : place + 1], chosen).detach())
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from selenium import webdriver
@@ -26,7 +25,7 @@ from torch import nn
 import maxact
 from maxact.preprocess import Preprocess
 from maxact.render.gallery import measure, write_gallery
-from projected import copy_store, project
+from projected import copy_store, damage_thumbs, project
 from stores import scan
 from support import write_photographs
 
@@ -232,11 +231,7 @@ def test_a_place_that_cannot_be(store: maxact.Store, tmp_path: Path) -> None:
 
 def test_a_damaged_store_is_named(store: maxact.Store, tmp_path: Path) -> None:
     """And not the place that is written to."""
-    path = store.path / "thumbs.parquet"
-    start = pq.ParquetFile(path).metadata.row_group(0).column(1).data_page_offset
-    with open(path, "r+b") as file:
-        file.seek(start)
-        file.write(b"\xff" * 64)  # the head of a page: numbers stay readable
+    damage_thumbs(store)
     with pytest.raises(maxact.MaxactError, match=r"store\.zarr/thumbs\.parquet: .* is damaged; project again"):
         write_gallery(store, tmp_path / "out")
 

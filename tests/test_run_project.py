@@ -28,7 +28,7 @@ from maxact.manifest import Manifest
 from maxact.process import Interrupted, Progress
 from maxact.store import Store
 from stores import contents, names, scan
-from support import photograph
+from support import Pictures, photograph
 
 COUNT = 70  # more than are looked at to settle a few ranks
 RANKS = 2
@@ -163,8 +163,7 @@ def test_images_without_a_number_in_16_bits_leave_nothing_certain(photos: Path, 
 
     store = scan(photos, tmp_path / "x", overflowing(), precision="bf16", layers="conv1", top=2)
     count = store["bn1"].stats["count"] // 1024
-    if count[2] == 21:
-        pytest.skip("nothing overflowed here")
+    assert count[2] < 21  # some overflowed
     project(store, network=overflowing(), layers="bn1")
     assert arrays(store, "bn1").group["certain"][:].tolist() == [channel != 2 for channel in range(6)]
 
@@ -508,19 +507,6 @@ def test_scanning_errors_again_voids_what_was_projected(
 
 
 # Where images and networks come from
-
-
-class Pictures:
-    """A map-style Dataset."""
-
-    def __init__(self, count: int = 6) -> None:
-        self.pictures = [photograph(number, 48) for number in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return self.pictures[index]
 
 
 def test_a_dataset(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -14,7 +13,7 @@ import maxact
 from maxact.render.sprites import Cells, Pictures, Sheet, Sprites, encode
 from maxact.thumbs import write_thumbs
 from maxact.winners import Layout
-from projected import copy_store, project
+from projected import copy_store, damage_thumbs, project
 
 TAP = "bn1"
 
@@ -172,11 +171,7 @@ def test_a_damaged_picture_is_named(store: maxact.Store) -> None:
 
 
 def test_a_damaged_file_of_pictures_is_named(store: maxact.Store) -> None:
-    path = store.path / "thumbs.parquet"
-    start = pq.ParquetFile(path).metadata.row_group(0).column(1).data_page_offset
-    with open(path, "r+b") as file:
-        file.seek(start)
-        file.write(b"\xff" * 64)  # the head of a page: numbers stay readable
+    damage_thumbs(store)
     with pytest.raises(maxact.MaxactError, match=r"thumbs\.parquet: the picture of image 0 is damaged"):
         Pictures(store)
 
