@@ -32,7 +32,7 @@ from maxact.fields import of_taps
 from maxact.models import Model, Normalised, load_model
 from maxact.numerics import kept_memory, numerics
 from maxact.tap import Tap
-from maxact.taps import find_taps
+from maxact.find import find_taps
 
 RANKS = 9
 ALONE = 0.75  # of the work: below it, winners of one image gain more by windows than by one forward pass for all

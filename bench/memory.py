@@ -25,11 +25,11 @@ from common import arguments, finish, photographs
 from maxact.catalog import Catalog
 from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import make_decoder
+from maxact.find import find_taps
 from maxact.loader import load
 from maxact.models import load_model
 from maxact.numerics import kept_memory, numerics
 from maxact.scan import Job, scan
-from maxact.taps import find_taps
 
 POINTS = 10  # so often a run looks its memory up
 
@@ -77,20 +77,22 @@ def one(what: str, model_name: str, paths: str, images: int, crop: int) -> Memor
         job = Job(model.network, model.preprocess, find_taps(model).taps, catalog, settings, RunConfig("cpu"), device)
         result = None
         shards = iter(catalog.shards(settings.shard))
-        for partial in scan(job, shards, threading.Event(), lambda tick: through(tick.images), job.tally):
+        given = scan([job], shards, threading.Event(), lambda tick: through(tick.images), lambda at: [job.tally(at)])
+        for (partial,) in given:
+            assert partial is not None
             result = partial if result is None else result.merge(partial)
     else:  # the network and the loader, and nothing else
         decoder = make_decoder("auto", model.preprocess, batch=settings.batch, threads=cores())
         batches = load(
             catalog,
             iter(catalog.shards(settings.shard)),
-            decoder,
+            [decoder],
             batch=settings.batch,
             readers=16,
         )
         network = model.network.to(memory_format=torch.channels_last)
         with numerics(cores()), kept_memory(), torch.inference_mode():
-            for batch in batches:
+            for (batch,) in batches:
                 network(batch.images.permute(0, 3, 1, 2).float())
                 through(batch.present)
         decoder.close()

@@ -29,10 +29,10 @@ from common import arguments, finish, interleaved, median, photographs
 from maxact.catalog import Catalog
 from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import make_decoder
+from maxact.find import find_taps
 from maxact.models import Model, load_model
 from maxact.numerics import kept_memory, numerics
 from maxact.scan import Job, Tick, scan
-from maxact.taps import find_taps
 
 WARM_UP = 2  # batches that do not count
 
@@ -142,7 +142,8 @@ def whole(job: Job) -> Callable[[], Cost]:
 
         counted = len(job.catalog) - WARM_UP * (job.settings.batch or 0)
         # up to the last shard's result: what is torn down afterwards belongs to no image
-        return [watch.per(counted) for _ in scan(job, iter(shards), threading.Event(), tick, job.tally)][-1]
+        given = scan([job], iter(shards), threading.Event(), tick, lambda shard: [job.tally(shard)])
+        return [watch.per(counted) for _ in given][-1]
 
     return run
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -25,12 +25,12 @@ from torchvision.transforms import v2
 
 from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig, ScanConfig
+from maxact.find import find
 from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
 from maxact.preprocess import Preprocess
 from maxact.scan import Job, Tick, scan
 from maxact.tap import Tap, columns
-from maxact.taps import find
 
 SIDE = 64
 SMALL = Preprocess(resize=SIDE, crop=(SIDE, SIDE))
@@ -243,6 +243,15 @@ def make_job(
     return Job(network, preprocess, taps, catalog, wanted, run, torch.device("cpu"))
 
 
+def scan_job(
+    job: Job, shards: Iterator[Shard], stop: threading.Event, report: Callable[[Tick], None]
+) -> Iterator[Partial]:
+    """The loop with one job, as a scan has it."""
+    for (partial,) in scan([job], shards, stop, report, lambda shard: [job.tally(shard)]):
+        assert partial is not None
+        yield partial
+
+
 def scan_all(
     network: nn.Module,
     images: object,
@@ -257,7 +266,7 @@ def scan_all(
     shards: list[Shard] = job.catalog.shards(job.settings.shard)
     chosen: Iterator[Shard] = iter(shards if order is None else [shards[index] for index in order])
     ticks: list[Tick] = []
-    partials = list(scan(job, chosen, threading.Event(), ticks.append, job.tally))
+    partials = list(scan_job(job, chosen, threading.Event(), ticks.append))
     return Scanned(reduce(Partial.merge, partials), job.taps, ticks)
 
 

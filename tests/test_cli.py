@@ -147,6 +147,7 @@ def test_settings_arrive(run: Run, photos: Path, inside: Path) -> None:
         "decoder": "torchvision",
         "max_megapixels": 3.0,
         "skip_grey": True,
+        "compile": False,
     }
     assert manifest.settings == wanted
     preprocessing = {"resize": 40, "crop": [24, 20], "interpolation": "bicubic", "fit": "squash"}

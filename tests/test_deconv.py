@@ -19,7 +19,7 @@ from maxact.errors import MaxactError
 from maxact.models import Normalised
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
-from maxact.taps import find
+from maxact.find import find
 from support import BLANK, SMALL, lively
 
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -14,7 +14,8 @@ import maxact
 from maxact.decode import make_decoder
 from maxact.deconv import Projector
 from maxact.models import Normalised, load_model
-from maxact.taps import Taps, find
+from maxact.find import find
+from maxact.taps import Taps
 from maxact_kernels import peaks
 from support import BLANK, SMALL, write_photographs
 

@@ -56,9 +56,9 @@ def loading(
     pictures = catalog.dataset is not None
     with (
         closing(make_decoder(decoder, preprocess, batch=batch, threads=2, pictures=pictures)) as made,
-        closing(load(catalog, chosen, made, batch=batch, readers=readers, skip_grey=skip_grey)) as batches,
+        closing(load(catalog, chosen, [made], batch=batch, readers=readers, skip_grey=skip_grey)) as batches,
     ):
-        yield batches
+        yield (each for (each,) in batches)
 
 
 def load_all(images: object, shards: Iterator[Shard] | int = 8, **options: Any) -> list[Batch]:
@@ -556,7 +556,7 @@ def test_a_catalog_without_its_dataset_is_the_callers_mistake() -> None:
     decoder = make_decoder("torchvision", SMALL, batch=4, threads=1, pictures=True)
     with (
         closing(decoder),
-        closing(load(catalog, iter(catalog.shards(9)), decoder, batch=4, readers=2)) as batches,
+        closing(load(catalog, iter(catalog.shards(9)), [decoder], batch=4, readers=2)) as batches,
         pytest.raises(MaxactError, match="give it as images again"),
     ):
         next(batches)

@@ -20,7 +20,7 @@ from maxact.models import Normalised
 from maxact.patches import Cut, Windows, cut
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
-from maxact.taps import find
+from maxact.find import find
 from support import lively
 
 

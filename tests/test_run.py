@@ -27,7 +27,7 @@ from maxact import fetch, schedule
 from maxact.errors import MaxactError, UsageError
 from maxact.process import Interrupted, Progress
 from maxact.store import Store
-from maxact.taps import find_taps
+from maxact.find import find_taps
 from stores import contents, names, scan
 from support import photograph
 

@@ -29,7 +29,7 @@ from maxact.demo import network as lite0
 from maxact.fetch import Unreadable
 from maxact.numerics import numerics
 from maxact.preprocess import Preprocess
-from maxact.scan import Tick, scan
+from maxact.scan import Tick
 from support import (
     SIDE,
     THREADS,
@@ -43,6 +43,7 @@ from support import (
     rank,
     same,
     scan_all,
+    scan_job,
     write_photographs,
 )
 
@@ -530,7 +531,7 @@ def test_a_stop_gives_what_is_finished(shard: int, finished: list[int], photos: 
         if len(ticks) == 3:
             stop.set()
 
-    partials = list(scan(job, iter(job.catalog.shards(shard)), stop, report, job.tally))
+    partials = list(scan_job(job, iter(job.catalog.shards(shard)), stop, report))
     assert [sorted(partial.shards) for partial in partials] == [[index] for index in finished]
     assert len(ticks) == 3
 
@@ -555,7 +556,7 @@ def test_what_is_finished_is_given_before_the_unreadable_ends_it(start: int) -> 
     job = make_job(Small(), Catalog.build(Gone(start)), shard=8)
     given = []
     with pytest.raises(Unreadable, match="gone"):
-        for partial in scan(job, iter(job.catalog.shards(8)), threading.Event(), lambda tick: None, job.tally):
+        for partial in scan_job(job, iter(job.catalog.shards(8)), threading.Event(), lambda tick: None):
             given += sorted(partial.shards)
     assert given == list(range(start // 8))
 
@@ -565,7 +566,7 @@ def test_leaving_the_loop_leaves_nothing_behind(photos: Path) -> None:
     job = make_job(Small(), Catalog.build(photos), shard=4, threads=1)
     shards = job.catalog.shards(4)
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    running = scan(job, iter(shards), threading.Event(), lambda tick: None, job.tally)
+    running = scan_job(job, iter(shards), threading.Event(), lambda tick: None)
     next(running)
     assert torch.get_num_threads() == 1
     running.close()  # type: ignore[attr-defined]
@@ -576,7 +577,7 @@ def test_leaving_the_loop_leaves_nothing_behind(photos: Path) -> None:
         raise RuntimeError("the caller's own")
 
     with pytest.raises(RuntimeError, match="the caller's own"):
-        list(scan(job, iter(shards), threading.Event(), fail, job.tally))
+        list(scan_job(job, iter(shards), threading.Event(), fail))
     assert not any(module._forward_hooks for module in job.network.modules())
     for thread in threading.enumerate():
         if thread.name.startswith(("maxact", "decode")):

@@ -19,10 +19,11 @@ from torchvision.ops.misc import Permute
 
 from maxact.config import At
 from maxact.errors import MaxactError
+from maxact.find import find
 from maxact.models import Normalised
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap, columns
-from maxact.taps import Taps, find
+from maxact.taps import Taps
 from maxact_kernels.peaks import Peaks
 from support import BLANK, SMALL, Place, all_maps, lively, photograph, same
 

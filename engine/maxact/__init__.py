@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from maxact.fields import fields
     from maxact.process import Interrupted, Progress
     from maxact.results import TapResults
-    from maxact.run import scan
+    from maxact.run import scan, scan_together
     from maxact.run_project import project
     from maxact.store import Store
     from maxact.store import Store as open
@@ -44,6 +44,7 @@ __all__ = [
     "open",
     "project",
     "scan",
+    "scan_together",
 ]
 
 _HOMES = {
@@ -57,6 +58,7 @@ _HOMES = {
     "fields": "fields",
     "project": "run_project",
     "scan": "run",
+    "scan_together": "run",
 }
 
 

@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         help="first pass: find the strongest images of every channel",
         description="The same command again goes on with an unfinished store, or says that it is done.",
     )
-    scan.add_argument("model", metavar="MODEL", help=_MODEL)
+    several = "; several with commas between them share one decoding, and STORE is the folder of their stores"
+    scan.add_argument("model", metavar="MODEL[,MODEL...]", help=_MODEL + several)
     scan.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
     scan.add_argument("store", metavar="STORE", help="the folder of the result")
     _add_images(scan)
@@ -258,6 +259,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="fp32 on a CPU, fp16 on CUDA")
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="one graph of the network and its taps by torch.compile (on CUDA, and in long scans where it is faster)",
+    )
     group.add_argument("--batch", type=int, metavar="N", help="images in a batch")
     group.add_argument("--shard", type=int, metavar="N", help="images in a shard (4096)")
     group.add_argument("--threads", type=int, metavar="N", help="of the network on a CPU (every core)")

@@ -11,15 +11,23 @@ from typing import Any
 def scan(model: str, images: list[str], store: str, quiet: bool, **settings: Any) -> int:
     """`maxact scan`."""
     from maxact.progress import display
-    from maxact.run import scan
+    from maxact.run import scan, scan_together
 
     for name in ("layers", "where", "score"):
         settings[name] = settings[name] or (["max"] if name == "score" else [])
+    source = images[0] if len(images) == 1 else images
+    models = model.split(",")
     with display(quiet) as report:
-        source = images[0] if len(images) == 1 else images
-        done = scan(model, source, store, report=report, native_log=True, **settings)
+        settings |= {"report": report, "native_log": True}
+        if len(models) == 1:
+            done = [scan(model, source, store, **settings)]
+        else:
+            weights = settings.pop("weights")
+            each = weights.split(",") if weights else [None]
+            done = [*scan_together(models, source, store, weights=each if len(each) > 1 else each[0], **settings)]
     if not quiet:
-        print(f"{store}: {_summary(done)} (`maxact info {store}` says more)")
+        for finished in done:
+            print(f"{finished.path}: {_summary(finished)} (`maxact info {finished.path}` says more)")
     return 0
 
 
@@ -102,9 +110,9 @@ def layers(
 ) -> int:
     """`maxact layers`."""
     from maxact.fields import of_taps
+    from maxact.find import find_taps
     from maxact.models import load_model
     from maxact.progress import print_table
-    from maxact.taps import find_taps
 
     loaded = load_model(model, **loading)
     found = find_taps(loaded, layers or (), at)

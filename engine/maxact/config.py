@@ -22,6 +22,7 @@ Method = Literal["deconvnet", "guided", "gradient"]
 Seed = Literal["one", "activation"]
 Crop = Literal["auto", "field", "focus"]
 
+COMPILED = 10_000  # images of a scan on a CPU from which compiling the network can pay
 SHARD = 4096  # images in a shard, rounded up to a whole number of batches
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, or max, in a period of so many
 
@@ -49,6 +50,7 @@ class ScanConfig:
     decoder: DecoderName = "auto"
     max_megapixels: float = 200.0
     skip_grey: bool = False
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that cannot be."""
@@ -72,8 +74,9 @@ class ScanConfig:
         _check(self.decoder in get_args(DecoderName), "decoder", "auto, dali or torchvision", self.decoder)
         _check(self.max_megapixels > 0, "max_megapixels", "more than 0", self.max_megapixels)
 
-    def resolve(self, device: torch.device) -> ScanConfig:
-        """The same with every None filled in for a device, and the shard a whole number of batches."""
+    def resolve(self, device: torch.device, images: int = 0) -> ScanConfig:
+        """The same with every None filled in for a device and a number of images, and the shard a whole number of
+        batches."""
         on_cpu = device.type == "cpu"
         batch = self.batch or (32 if on_cpu else 128)
         return dataclasses.replace(
@@ -81,6 +84,7 @@ class ScanConfig:
             precision=self.precision or ("fp32" if on_cpu else "fp16"),
             batch=batch,
             shard=math.ceil((self.shard or SHARD) / batch) * batch,
+            compile=(not on_cpu or images >= COMPILED) if self.compile is None else self.compile,
         )
 
     def kept(self) -> dict[tuple[str, Any], int]:

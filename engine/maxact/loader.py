@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -51,20 +51,20 @@ class _Slot:
     shard: Shard
     entries: list[Entry]
     files: list[Future[object]]
-    bad: list[BadImage] = field(default_factory=list)
-    good: list[int] = field(default_factory=list)  # places in the batch of what the decoder has
+    bad: list[BadImage] = field(default_factory=list)  # that could not be read
+    good: list[int] = field(default_factory=list)  # places in the batch of what the decoders have
 
 
 def load(
     catalog: Catalog,
     shards: Iterator[Shard],
-    decoder: Decoder,
+    decoders: Sequence[Decoder],
     *,
     batch: int,
     readers: int,
     skip_grey: bool = False,
-) -> Generator[Batch, None, None]:
-    """The batches of some shards, in order.
+) -> Generator[tuple[Batch, ...], None, None]:
+    """The batches of some shards, in order: each as every one of the decoders gives it, from one reading.
 
     Reading and decoding go on in the background while the caller works; they do not stop between shards, for the
     next shard is asked for while the last one is still on its way. A file that cannot be read or decoded leaves its
@@ -74,6 +74,7 @@ def load(
     """
     plan = _plan(catalog, shards, batch)
     ahead = 2 + 2 * readers // batch  # batches to read at once, so that every reader has work
+    depth = min(decoder.depth for decoder in decoders)
     reading: deque[_Slot] = deque()
     decoding: deque[_Slot] = deque()
     unread: dict[int, int] = {}
@@ -85,15 +86,15 @@ def load(
                 files = [pool.submit(fetch, catalog, entry) for entry in entries]
                 reading.append(_Slot(shard, entries, files))
             # wait for a file only when there is nothing decoded to wait for
-            while reading and len(decoding) < decoder.depth and (not decoding or _is_read(reading[0])):
+            while reading and len(decoding) < depth and (not decoding or _is_read(reading[0])):
                 slot = reading.popleft()
-                _start(slot, decoder)
+                _start(slot, decoders)
                 decoding.append(slot)
             if not decoding:
                 return
             slot = decoding.popleft()
             _check_readable(slot, unread)  # not earlier: the shards before this one can still be finished
-            yield _finish(slot, decoder, batch, skip_grey)
+            yield tuple(_finish(slot, decoder, batch, skip_grey) for decoder in decoders)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -108,8 +109,8 @@ def _is_read(slot: _Slot) -> bool:
     return all(file.done() for file in slot.files)
 
 
-def _start(slot: _Slot, decoder: Decoder) -> None:
-    """Waits for a batch's files and gives them to the decoder."""
+def _start(slot: _Slot, decoders: Sequence[Decoder]) -> None:
+    """Waits for a batch's files and gives them to every decoder."""
     files = []
     for place, (entry, file) in enumerate(zip(slot.entries, slot.files, strict=True)):
         try:
@@ -121,7 +122,8 @@ def _start(slot: _Slot, decoder: Decoder) -> None:
             slot.bad.append(failure(entry, error))
     slot.files.clear()
     if files:
-        decoder.submit(files)
+        for decoder in decoders:
+            decoder.submit(files)
 
 
 def _check_readable(slot: _Slot, unread: dict[int, int]) -> None:
@@ -144,14 +146,15 @@ def _finish(slot: _Slot, decoder: Decoder, size: int, skip_grey: bool) -> Batch:
     first, count = slot.entries[0].number, len(slot.entries)
     numbers = np.full(size, -1, np.int64)
     numbers[:count] = np.arange(first, first + count)
-    numbers[[bad.image - first for bad in slot.bad]] = -1
+    bad = list(slot.bad)
+    numbers[[image.image - first for image in bad]] = -1
     images: torch.Tensor | None = None
     if slot.good:
         decoded = decoder.collect()
         images = decoded.images
         for index, reason in decoded.errors.items():
             place = slot.good[index]
-            slot.bad.append(BadImage(first + place, slot.entries[place].key, "decode", reason))
+            bad.append(BadImage(first + place, slot.entries[place].key, "decode", reason))
             numbers[place] = -1
     if images is None or len(slot.good) < size:
         whole = decoder.blank(size)
@@ -164,7 +167,7 @@ def _finish(slot: _Slot, decoder: Decoder, size: int, skip_grey: bool) -> Batch:
         grey = int(colourless.sum())
         numbers[colourless] = -1
     ends = first + count == slot.shard.stop
-    return Batch(images, numbers, slot.shard, tuple(slot.bad), grey, ends)
+    return Batch(images, numbers, slot.shard, tuple(bad), grey, ends)
 
 
 def _is_grey(images: torch.Tensor) -> NDArray[np.bool_]:

@@ -47,6 +47,7 @@ class Manifest:
                 "read it with the version of maxact that wrote it"
             )
         try:
+            values = values | {"settings": {"compile": False} | values["settings"]}  # older ones do not say so
             return cls(**(values | {"taps": tuple(Tap.from_json(tap) for tap in values["taps"])}))
         except (KeyError, TypeError) as error:
             raise MaxactError(f"{path}: its attribute maxact is damaged ({error})") from error

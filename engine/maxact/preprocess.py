@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from maxact.errors import UsageError
@@ -85,6 +85,11 @@ class Preprocess:
         """An image as the loader gives it: uint8 [H, W, 3], or float32 [3, H, W] from `function`."""
         height, width = self.crop
         return (3, height, width) if self.function else (height, width, 3)
+
+    def without_normalisation(self) -> Preprocess:
+        """The same but for the normalisation: networks for which this is equal see the same pixels."""
+        mean = self.mean if self.fit == "pad" else IMAGENET_MEAN  # which padding is filled with
+        return replace(self, mean=mean, std=IMAGENET_STD)
 
     def placement(self, height: int, width: int) -> Placement:
         """The resized size and the first row and column of the model input, for a picture of height x width.

@@ -1,34 +1,35 @@
-"""Running a pass on this machine: settings to a job, a job to a finished store."""
+"""Scanning on this machine: arguments to stores and jobs, jobs to finished stores."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
-from maxact import taps
-from maxact.catalog import Catalog, Shard, is_dataset
+from maxact.catalog import Shard, is_dataset
 from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score
 from maxact.decode import choose_decoder
 from maxact.errors import MaxactError, UsageError
 from maxact.fields import of_taps
-from maxact.manifest import Manifest
-from maxact.models import Model, load_model
+from maxact.find import find_taps
+from maxact.models import load_model
 from maxact.partial import Partial
 from maxact.process import Interrupted, Progress, log_file, signals
-from maxact.provenance import describe_source, versions
-from maxact.scan import Job, Tick
+from maxact.scan import Counting, Job, Tick
 from maxact.scan import scan as scan_shards
 from maxact.schedule import Schedule
+from maxact.start import Source, Start, start
 from maxact.store import Store
+from maxact.together import Parts, Stores
 
 log = logging.getLogger("maxact")
 
@@ -61,6 +62,7 @@ def scan(
     decoder: DecoderName = "auto",
     max_megapixels: float = 200.0,
     skip_grey: bool = False,
+    compile: bool | None = None,
     device: str = "auto",
     threads: int | None = None,
     readers: int = 16,
@@ -81,13 +83,15 @@ def scan(
         threads at once.
     store: the folder of the result. Where there is one already, an unfinished scan of the same arguments goes on, a
         finished one is only opened; of other arguments it is refused. `overwrite` starts again.
-    layers, at: what is recorded, and where in a layer's chain (`taps.find`).
+    layers, at: what is recorded, and where in a layer's chain (`find.find`).
     score: `max`, `mean` or both; what ranks an image in a channel. top, bottom: how many to keep at either end.
     precision: of the network; float32 on a CPU and float16 on CUDA unless told otherwise. batch: images in a batch;
         shard: images between two points at which the scan can go on, rounded up to batches; both are kept for the
         life of the store.
     decoder: `dali`, `torchvision`, or DALI where it can be had. max_megapixels: larger images count as bad.
         skip_grey leaves out pictures without colour.
+    compile: whether torch.compile makes one graph of the network and its taps; unless told otherwise on CUDA, and on a
+        CPU for ten thousand images and more where it is faster. Kept for the life of the store.
     device, threads, readers, decode_threads: where and with how many threads it runs.
     max_bad: bad images that are borne before the run stops; 1 % unless told otherwise, but at least 10.
         retry_errors: scan the shards of recorded errors again.
@@ -98,48 +102,98 @@ def scan(
     In the main thread SIGINT and SIGTERM commit what is finished, then raise Interrupted. Raises UsageError for
     arguments that cannot be meant, and MaxactError for all else that the caller can mend.
     """
+    settings = {name: value for name, value in locals().items() if name not in ("network", "images", "store")}
+    return _scan([network], images, [Path(store)], **settings)[0]
+
+
+def scan_together(
+    networks: Sequence[str | nn.Module],
+    images: object,
+    folder: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | Sequence[str | os.PathLike[str] | None] | None = None,
+    **settings: Any,
+) -> tuple[Store, ...]:
+    """Scans images through several networks, and reads and decodes each image once for all of them.
+
+    Decoded once for those whose preprocessing differs in nothing but the normalisation, and once for each other way.
+    Each network gets a store of its own, `folder/NAME.zarr` (see `store_path`), the same as a scan of its own with
+    the same batch would give it; the scans can be stopped and continued together or apart.
+
+    weights: for each network, or for all. settings: as of `scan`; they are for all of the networks. Raises what
+    `scan` raises, and UsageError for two networks of one name.
+    """
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(scan).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    if unknown := settings.keys() - defaults.keys():
+        raise TypeError(f"scan_together() got an unexpected keyword argument {min(unknown)!r}")
+    several = isinstance(weights, Sequence) and not isinstance(weights, str)
+    each = list(cast(Sequence[Any], weights)) if several else [weights] * len(networks)
+    if len(each) != len(networks):
+        raise UsageError(f"weights: expected one or {len(networks)}, got {len(each)}")
+    paths = [store_path(folder, network) for network in networks]
+    if len(set(paths)) < len(paths):
+        raise UsageError("networks: expected different names, for the stores are named after them")
+    return tuple(_scan(networks, images, paths, **(defaults | settings | {"weights": each})))
+
+
+def store_path(folder: str | os.PathLike[str], network: str | nn.Module) -> Path:
+    """Where `scan_together` puts a network's store: named after it, with what a file's name cannot bear as `_`."""
+    name = network if isinstance(network, str) else type(network).__name__
+    return Path(folder) / f"{name.replace('/', '_')}.zarr"
+
+
+def _scan(
+    networks: Sequence[str | nn.Module],
+    images: object,
+    paths: Sequence[Path],
+    *,
+    report: Callable[[Progress], None],
+    native_log: bool,
+    **given: Any,
+) -> list[Store]:
+    """`scan` for one or several networks; `given` are its arguments, weights one for each network or for all."""
+    weights = given.pop("weights")
+    if not isinstance(weights, list):
+        weights = [weights]
+    labels = _items(given.pop("where"))
+    sample, seed, limit = (given.pop(name) for name in ("sample", "seed", "limit"))
+    source = Source(images, labels, sample, seed, limit)
     wanted = ScanConfig(
-        layers=_items(layers),
-        at=at,
-        scores=cast(tuple[Score, ...], _items(score)),
-        top=top,
-        bottom=bottom,
-        precision=precision,
-        batch=batch,
-        shard=shard,
-        decoder=decoder,
-        max_megapixels=max_megapixels,
-        skip_grey=skip_grey,
+        layers=_items(given.pop("layers")),
+        scores=cast(tuple[Score, ...], _items(given.pop("score"))),
+        **{
+            name: given.pop(name)
+            for name in ("at", "top", "bottom", "precision", "batch", "shard", "decoder", "max_megapixels")
+        },
+        skip_grey=given.pop("skip_grey"),
+        compile=given.pop("compile"),
     )
-    run = RunConfig(device, threads, readers, decode_threads, max_bad, retry_errors, overwrite)
-    model = load_model(
-        network,
-        weights=weights,
-        resize=resize,
-        crop=crop,
-        mean=mean,
-        std=std,
-        interpolation=interpolation,
-        fit=fit,
-        preprocess=preprocess,
-    )
+    names = ("device", "threads", "readers", "decode_threads", "max_bad", "retry_errors", "overwrite")
+    run = RunConfig(*(given.pop(name) for name in names))
+    device = run.torch_device()
     # all that can be wrong with the arguments is found before anything is on disk
-    target = run.torch_device()
-    chosen = choose_decoder(wanted.decoder, model.preprocess, is_dataset(images))
-    wanted = replace(wanted, decoder=cast(DecoderName, chosen))
-    if skip_grey and model.preprocess.function:
-        raise UsageError(
-            f"skip_grey: cannot be had with the preprocess function {model.preprocess.function}; leave one out"
-        )
-    found = taps.find_taps(model, wanted.layers, wanted.at)
-    labels = _items(where)
-    selection = {"where": list(labels), "sample": sample, "seed": seed if sample is not None else 0, "limit": limit}
+    starts = []
+    for network, own, path in zip(networks, weights, paths, strict=True):
+        model = load_model(network, weights=own, **given)  # what is left is about its preprocessing
+        decoder = choose_decoder(wanted.decoder, model.preprocess, is_dataset(images))
+        if wanted.skip_grey and (function := model.preprocess.function):
+            raise UsageError(f"skip_grey: cannot be had with the preprocess function {function}; leave one out")
+        found = find_taps(model, wanted.layers, wanted.at)
+        starts.append(Start(path, model, found, replace(wanted, decoder=cast(DecoderName, decoder))))
     catalog = None
-    if overwrite or not Store.exists(store):
-        catalog = Catalog.build(images, where=labels, sample=sample, seed=seed, limit=limit)
-    with Store.lock(store), log_file(Path(store) / "run" / "log", native_log):
-        opened, job = _open(Path(store), model, found, images, selection, catalog, wanted, run, target)
-        return _run(opened, job, report)
+    if run.overwrite or not all(Store.exists(path) for path in paths):
+        catalog = source.catalog()
+    with ExitStack() as resources:
+        for path in paths:
+            resources.enter_context(Store.lock(path))
+            resources.enter_context(log_file(path / "run" / "log", native_log and path == paths[0]))
+        opened = start(starts, source, catalog, run, device)
+        _run([(store, job) for store, job in opened if not _is_done(store, job)], run, report)
+        return [store for store, _ in opened]
 
 
 def _items(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -147,82 +201,41 @@ def _items(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
 
 
-def _open(
-    path: Path,
-    model: Model,
-    found: taps.Found,
-    images: object,
-    selection: dict[str, Any],
-    catalog: Catalog | None,
-    wanted: ScanConfig,
-    run: RunConfig,
-    device: torch.device,
-) -> tuple[Store, Job]:
-    """The store, started or found to be that of the same scan, and the job that fills it."""
-    fresh = run.overwrite or not Store.exists(path)
-    if fresh:
-        assert catalog is not None
-        if Store.exists(path):
-            Store.remove(path)
-        settings = wanted.resolve(device)
-        count = len(catalog)
-    else:
-        store = Store(path)
-        saved = store.manifest.settings
-        chosen = {name: saved[name] for name in ("precision", "batch", "shard") if getattr(wanted, name) is None}
-        settings = replace(wanted, **chosen)
-        settings = settings.resolve(device)
-        count = store.manifest.images["count"]
-    manifest = Manifest(
-        model={"name": model.name, "weights": model.weights, "sha256": model.sha256},
-        preprocessing=model.preprocess.to_json(),
-        images={"source": describe_source(images), **selection, "count": count},
-        settings=settings.to_json(),
-        taps=found.taps,
-        versions=versions(device),
-    )
-    if fresh:
-        assert catalog is not None
-        store = Store.create(path, manifest, catalog)
-        _log_start(manifest, found, device)
-    elif differences := store.manifest.differences(manifest):
-        raise MaxactError(
-            f"{path}: was made otherwise ({'; '.join(differences)}); "
-            "give the same arguments, another store, or --overwrite"
-        )
-    job = Job(
-        model.network,
-        model.preprocess,
-        found.taps,
-        Catalog(store.catalog.table, images if is_dataset(images) else None),
-        settings,
-        run,
-        device,
-    )
-    return store, job
+def _is_done(store: Store, job: Job) -> bool:
+    if not store.manifest.finished or (job.run.retry_errors and store.bad_in_scan()):
+        return False
+    store.tidy()
+    log.info("%s: done already, %d images", store.path, len(job.catalog))
+    return True
 
 
-def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
-    """Scans what is left of a store and finishes it."""
-    if store.manifest.finished and not (job.run.retry_errors and store.bad_in_scan()):
-        store.tidy()
-        log.info("%s: done already, %d images", store.path, len(job.catalog))
-        return store
-    allowed = job.run.allowed_bad(len(job.catalog))
-    schedule = Schedule[Partial](store, retry_errors=job.run.retry_errors, allowed_bad=allowed)
-    if store.manifest.finished:
-        store.reopen()
+def _run(opened: Sequence[tuple[Store, Job]], run: RunConfig, report: Callable[[Progress], None]) -> None:
+    """Scans what is left of some stores of one catalog and finishes them."""
+    if not opened:
+        return
+    stores, jobs = [store for store, _ in opened], [job for _, job in opened]
+    book, catalog = Stores(stores), jobs[0].catalog
+    schedule = Schedule[Parts](book, retry_errors=run.retry_errors, allowed_bad=run.allowed_bad(len(catalog)))
+    done = [
+        part.shards - (part.held.keys() if run.retry_errors else set()) if part else set() for part in book.state().each
+    ]
+    for store in stores:
+        if store.manifest.finished:
+            store.reopen()
     before = schedule.images_done
-    progress = Progress(len(job.catalog), before)
+    progress = Progress(len(catalog), before)
     if before:
-        log.info("%s: going on after %d of %d images", store.path, before, progress.total)
+        log.info("%s: going on after %d of %d images", stores[0].path, before, progress.total)
 
-    def attempt(shards: Iterator[Shard]) -> Iterator[Partial]:
+    def count(shard: Shard) -> list[Counting[Partial] | None]:
+        return [None if shard.index in has else job.tally(shard) for job, has in zip(jobs, done, strict=True)]
+
+    def attempt(shards: Iterator[Shard]) -> Iterator[Parts]:
         nonlocal progress
         # what an attempt before this one had of a shard that it did not finish comes again
-        done = schedule.images_done - before
-        progress = replace(progress, done=done, bad=schedule.bad, grey=schedule.grey)
-        return scan_shards(job, shards, schedule.stop, note, job.tally)
+        finished = schedule.images_done - before
+        progress = replace(progress, done=finished, bad=schedule.bad, grey=schedule.grey)
+        return map(Parts, scan_shards(jobs, shards, schedule.stop, note, count))
 
     begun = time.monotonic()
 
@@ -243,32 +256,21 @@ def _run(store: Store, job: Job, report: Callable[[Progress], None]) -> Store:
         schedule.run(attempt)
         if caught:
             name = signal.Signals(caught[0]).name
-            done = f"{schedule.images_done} of {progress.total} images are committed"
-            message = f"stopped by {name}: {done}; run the same again (without --overwrite) to go on"
+            words = f"{schedule.images_done} of {progress.total} images are committed"
+            message = f"stopped by {name}: {words}; run the same again (without --overwrite) to go on"
             raise Interrupted(caught[0], message)
-        store.finish(schedule.result, of_taps(job.network, job.taps, job.preprocess.crop))
+        for store, job, part in zip(stores, jobs, schedule.result.each, strict=True):
+            assert part is not None
+            store.finish(part, of_taps(job.network, job.taps, job.preprocess.crop))
+            _look_over(store)
+
+
+def _look_over(store: Store) -> None:
+    """Says what a finished store lacks. Raises MaxactError where it holds nothing."""
     if not (store.manifest.summary or {})["scanned"]:
         first = store.errors().slice(0, 1).to_pylist()
         reason = f" ({first[0]['key']}: {first[0]['error']})" if first else ""
-        raise MaxactError(f"{store.path}: not one of the {progress.total} images could be used{reason}")
+        raise MaxactError(f"{store.path}: not one of the {len(store.catalog)} images could be used{reason}")
     for tap in store:
         if unfit := store[tap].unfit:
             log.warning("%s: %d maps with NaN or infinity were left out", tap, unfit)
-    return store
-
-
-def _log_start(manifest: Manifest, found: taps.Found, device: torch.device) -> None:
-    settings = manifest.settings
-    log.info(
-        "%s (weights %s), %d taps with %d channels, %d images, %s on %s, batches of %d",
-        manifest.model["name"],
-        manifest.model["weights"],
-        len(found.taps),
-        found.channels,
-        manifest.images["count"],
-        settings["precision"],
-        device,
-        settings["batch"],
-    )
-    if found.idle:
-        log.info("never run by the network, so left out: %s", ", ".join(found.idle))

@@ -28,6 +28,7 @@ from maxact.fetch import Unreadable, is_unread
 from maxact.field import Field
 from maxact.fields import of_taps
 from maxact.files import writing
+from maxact.find import find_taps
 from maxact.ledger import Ledger
 from maxact.models import Model, load_model
 from maxact.preprocess import Preprocess
@@ -39,7 +40,6 @@ from maxact.run_settle import Settling
 from maxact.settle import EXPLAINED
 from maxact.store import Store
 from maxact.tap import Tap
-from maxact.taps import find_taps
 
 log = logging.getLogger("maxact")
 _SPARE = 256 << 20  # bytes of free space that a pass leaves alone

@@ -45,7 +45,8 @@ class Settling:
         self._store, self._ranks = store, ranks
         self._lists = store.manifest.lists()
         wanted = ScanConfig.from_json(store.manifest.settings)
-        self.settings = replace(wanted, precision="fp32", batch=batch, shard=None).resolve(torch.device("cpu"))
+        wanted = replace(wanted, precision="fp32", batch=batch, shard=None, compile=False)
+        self.settings = wanted.resolve(torch.device("cpu"))
         self._left = {tap.name for tap in taps if not store.is_settled(tap.name, ranks)}
         scanned = self._begun({tap.name for tap in taps}) if self._left else set()
         self.taps = tuple(tap for tap in taps if tap.name in scanned)
@@ -144,7 +145,8 @@ class Settling:
         def attempt(shards: Iterator[Shard]) -> Iterator[Exact]:
             nonlocal done
             done = schedule.images_done
-            return scan_shards(job, shards, stop, tick, lambda shard: Picker(shard, candidates))
+            given = scan_shards([job], shards, stop, tick, lambda shard: [Picker(shard, candidates)])
+            return (exact for (exact,) in given if exact)
 
         schedule.run(attempt)
         if not stop.is_set():

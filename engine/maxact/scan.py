@@ -4,6 +4,9 @@ What the names stand for: `loader.load` reads and decodes in the background and 
 `taps.Taps` runs the network and gives one peak per channel and image; `partial.Tally` keeps the strongest of one
 shard and closes into a Partial, which is all that leaves this file. (Settling the order of a 16-bit scan counts
 another way: `settle.Picker`.)
+
+Several networks may be scanned at once: every image is read once for all of them, and decoded once for those whose
+preprocessing differs in nothing but the normalisation, which is part of the network. Usually it is one.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -24,7 +27,7 @@ from torch import nn
 
 from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig, ScanConfig, cores
-from maxact.decode import make_decoder
+from maxact.decode import Decoder, make_decoder
 from maxact.fetch import Unreadable
 from maxact.loader import Batch, load
 from maxact.models import Normalised
@@ -42,7 +45,7 @@ _BEHIND = 2  # batches that may wait to be counted while the network goes on
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to scan any shard; `settings` are resolved."""
+    """All that a worker needs to scan any shard with one network; `settings` are resolved."""
 
     network: nn.Module
     preprocess: Preprocess
@@ -56,11 +59,16 @@ class Job:
         """What counts a shard of a scan: the strongest peaks and the statistics."""
         return Tally(shard, sum(tap.channels for tap in self.taps), self.settings.kept())
 
+    @property
+    def pixels(self) -> tuple[str, Preprocess]:
+        """What decides the pixels: jobs that agree in it share one decoding."""
+        return self.settings.decoder, self.preprocess.without_normalisation()
+
 
 @dataclass(frozen=True)
 class Tick:
     """One batch is through: how many of its images there were, the bad ones, those left out as grey, and the
-    seconds that the loop waited for it."""
+    seconds that the loop waited for it. (Of several decodings, the one with the most bad images.)"""
 
     images: int
     bad: tuple[BadImage, ...]
@@ -76,28 +84,36 @@ class Counting(Protocol[P_co]):
 
 
 def scan(
-    job: Job,
+    jobs: Sequence[Job],
     shards: Iterator[Shard],
     stop: threading.Event,
     report: Callable[[Tick], None],
-    count: Callable[[Shard], Counting[P]],
-) -> Iterator[P]:
-    """Scans shards and gives what each of them gave, in order. What a shard gives depends on nothing but the job.
+    count: Callable[[Shard], Sequence[Counting[P] | None]],
+) -> Iterator[tuple[P | None, ...]]:
+    """Scans shards and gives what each of them gave each job, in order. It depends on nothing but the jobs.
 
-    `count` makes what counts a shard: see `tally`.
+    jobs: of one catalog, with the same batch, shard, device and settings of the run.
+    `count` makes what counts a shard for each job (see `Job.tally`), or None for one that is to be left out.
     `stop` ends the scan after the batch in hand: finished shards are still given, the one in flight is dropped.
     Raises loader.Unreadable where the images of a shard cannot be read, after the finished shards before it.
     """
     unreadable: Unreadable | None = None
-    with _running(job, shards) as (batches, taps), _Counter(count) as counter:
+    with running(jobs, shards) as (loaded, networks), _Counter(count) as counter:
         asked = time.perf_counter()
         try:
-            for batch in batches:  # uint8 [N, H, W, 3]; the next ones are being read and decoded
+            for batches in loaded:  # uint8 [N, H, W, 3] of each decoding; the next ones are on their way
                 waited = time.perf_counter() - asked
-                peaks = taps(batch.images)  # [N, channels of all taps]; on a GPU this only starts the work
-                counter.add(batch, peaks)  # while the network is at the next batch
+                tallies = counter.tallies(batches[0].shard)
+                for (decoding, taps), tally in zip(networks, tallies, strict=True):
+                    if tally is not None:
+                        batch = batches[decoding]
+                        peaks = taps(batch.images)  # [N, channels of all taps]; on a GPU this only starts the work
+                        counter.add(tally, batch, peaks)  # while the network is at the next batch
+                if batches[0].ends_shard:
+                    counter.close()
                 yield from counter.finished()
-                report(Tick(batch.present, batch.bad, batch.grey, waited))
+                worst = max(batches, key=lambda batch: len(batch.bad))
+                report(Tick(worst.present, worst.bad, worst.grey, waited))
                 if stop.is_set():
                     break
                 asked = time.perf_counter()
@@ -109,13 +125,44 @@ def scan(
 
 
 @contextmanager
-def _running(job: Job, shards: Iterator[Shard]) -> Iterator[tuple[Iterator[Batch], Taps]]:
-    """What the loop needs, made once for all shards: the batches on their way, and the network with its taps."""
-    settings, run = job.settings, job.run
-    assert settings.precision and settings.batch
+def running(
+    jobs: Sequence[Job], shards: Iterator[Shard]
+) -> Iterator[tuple[Iterator[tuple[Batch, ...]], list[tuple[int, Taps]]]]:
+    """What the loop needs, made once for all shards: the batches on their way, and of each job which of the
+    decodings it takes and its network with its taps."""
+    first = jobs[0]
+    settings, run = first.settings, first.run
+    assert settings.batch
     threads = run.threads or cores()
-    network = Normalised(job.network, job.preprocess).to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    decoder = make_decoder(
+    ways = list(dict.fromkeys(job.pixels for job in jobs))
+    with ExitStack() as resources:
+        decoders = [
+            resources.enter_context(closing(_decoder(next(job for job in jobs if job.pixels == way)))) for way in ways
+        ]
+        resources.enter_context(numerics(threads))
+        resources.enter_context(kept_memory())
+        loaded = load(
+            first.catalog,
+            shards,
+            decoders,
+            batch=settings.batch,
+            readers=run.readers,
+            skip_grey=settings.skip_grey,
+        )
+        resources.enter_context(closing(loaded))
+        networks = []
+        for job in jobs:
+            assert job.settings.precision
+            network = Normalised(job.network, job.preprocess).to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            taps = Taps(network, job.taps, job.settings.precision, threads, bool(job.settings.compile))
+            networks.append((ways.index(job.pixels), resources.enter_context(taps)))
+        yield loaded, networks
+
+
+def _decoder(job: Job) -> Decoder:
+    settings, run = job.settings, job.run
+    assert settings.batch
+    return make_decoder(
         settings.decoder,
         job.preprocess,
         batch=settings.batch,
@@ -124,30 +171,25 @@ def _running(job: Job, shards: Iterator[Shard]) -> Iterator[tuple[Iterator[Batch
         max_pixels=int(settings.max_megapixels * 1e6),
         pictures=job.catalog.dataset is not None,
     )
-    with closing(decoder):
-        batches = load(
-            job.catalog,
-            shards,
-            decoder,
-            batch=settings.batch,
-            readers=run.readers,
-            skip_grey=settings.skip_grey,
-        )
-        taps = Taps(network, job.taps, settings.precision, threads)
-        with numerics(threads), kept_memory(), closing(batches), taps:
-            yield batches, taps
+
+
+@dataclass
+class _Shard(Generic[P]):
+    """What counts one shard for one job, and the images of it that are not counted."""
+
+    counting: Counting[P]
+    bad: list[BadImage] = field(default_factory=list)
+    grey: int = 0
 
 
 class _Counter(Generic[P]):
     """Counts batches on a thread of its own, in their order, shard by shard."""
 
-    def __init__(self, count: Callable[[Shard], Counting[P]]) -> None:
+    def __init__(self, count: Callable[[Shard], Sequence[Counting[P] | None]]) -> None:
         self._count = count
-        self._tally: Counting[P] | None = None
-        self._bad: list[BadImage] = []
-        self._grey = 0
+        self._shards: list[_Shard[P] | None] = []  # of the shard in hand
         self._counting: deque[Future[None]] = deque()
-        self._closed: deque[Future[P]] = deque()
+        self._closed: deque[Future[tuple[P | None, ...]]] = deque()
 
     def __enter__(self) -> _Counter[P]:
         self._thread = ThreadPoolExecutor(1, "maxact-count")
@@ -156,24 +198,31 @@ class _Counter(Generic[P]):
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
 
-    def add(self, batch: Batch, peaks: Pending) -> None:
+    def tallies(self, shard: Shard) -> Sequence[_Shard[P] | None]:
+        """What counts the shard in hand, for every job."""
+        if not self._shards:
+            self._shards = [None if counting is None else _Shard(counting) for counting in self._count(shard)]
+        return self._shards
+
+    def add(self, shard: _Shard[P], batch: Batch, peaks: Pending) -> None:
         """Takes the next batch; waits where the thread is too far behind."""
-        tally = self._tally = self._tally or self._count(batch.shard)
-        self._counting.append(self._thread.submit(_count, tally, peaks, batch.numbers))
-        self._bad += batch.bad
-        self._grey += batch.grey
-        if batch.ends_shard:
-            self._closed.append(self._thread.submit(tally.close, self._bad, self._grey))
-            self._tally, self._bad, self._grey = None, [], 0
-        if len(self._counting) > _BEHIND:
+        self._counting.append(self._thread.submit(_count, shard.counting, peaks, batch.numbers))
+        shard.bad += batch.bad
+        shard.grey += batch.grey
+        if len(self._counting) > _BEHIND * len(self._shards):
             self._counting.popleft().result()
 
-    def finished(self) -> Iterator[P]:
+    def close(self) -> None:
+        """The shard in hand is through."""
+        self._closed.append(self._thread.submit(_close, self._shards))
+        self._shards = []
+
+    def finished(self) -> Iterator[tuple[P | None, ...]]:
         """The shards that are finished by now."""
         while self._closed and self._closed[0].done():
             yield self._closed.popleft().result()
 
-    def rest(self) -> Iterator[P]:
+    def rest(self) -> Iterator[tuple[P | None, ...]]:
         """Waits for everything, and gives the shards that are finished then."""
         for counted in self._counting:
             counted.result()
@@ -181,5 +230,9 @@ class _Counter(Generic[P]):
             yield self._closed.popleft().result()
 
 
-def _count(tally: Counting[P], peaks: Pending, numbers: NDArray[np.int64]) -> None:
-    tally.add(peaks.result(), numbers)  # on a GPU, the one place where the host waits for the device
+def _count(counting: Counting[P], peaks: Pending, numbers: NDArray[np.int64]) -> None:
+    counting.add(peaks.result(), numbers)  # on a GPU, the one place where the host waits for the device
+
+
+def _close(shards: Sequence[_Shard[P] | None]) -> tuple[P | None, ...]:
+    return tuple(None if shard is None else shard.counting.close(shard.bad, shard.grey) for shard in shards)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, Protocol, Self, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
 
 from maxact.catalog import Catalog, Shard
 from maxact.errors import MaxactError
 from maxact.fetch import Unreadable
 from maxact.partial import BadImage
 from maxact.scan import Tick
+from maxact.taps import OutOfMemory
 
 COMMIT_SECONDS = 30.0  # between two commits, at least
 PAUSES = (5.0, 30.0, 120.0)  # seconds to wait for storage that has gone, growing; then the run stops
@@ -31,7 +35,7 @@ class Part(Protocol):
     @property
     def grey(self) -> Mapping[int, int]: ...
     @property
-    def held(self) -> Mapping[int, Any]: ...
+    def held(self) -> Collection[int]: ...
     def merge(self, other: Self) -> Self: ...
     def without(self, shard: Shard) -> Self: ...
 
@@ -75,6 +79,13 @@ class Patience:
         log.warning("%s (trying again in %.0f s)", error, pause)
         commit()
         self._stop.wait(pause)
+
+
+def _give_back() -> None:
+    """Gives unused memory of the devices back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Schedule(Generic[P]):
@@ -135,11 +146,13 @@ class Schedule(Generic[P]):
         """Scans what is left, committing as it goes and once more however it ends.
 
         Where the images cannot be read, it goes on after a pause, with all that it has; where no shard was
-        finished between two such pauses, they grow, and after the last of `pauses` the run ends.
+        finished between two such pauses, they grow, and after the last of `pauses` the run ends. Where the memory
+        did not suffice, it starts once more with all of it given back; where no shard was finished since, it ends.
 
-        Raises MaxactError for that, and for too many bad images.
+        Raises MaxactError for these, and for too many bad images.
         """
         patience = Patience(self.stop, pauses)
+        short = len(self._shards) + 1  # shards that were left when the memory did not suffice
         try:
             while self.left and not self.stop.is_set():
                 before = len(self.left)
@@ -150,6 +163,15 @@ class Schedule(Generic[P]):
                     if len(self.left) < before:
                         patience.renew()
                     patience.wait(error, self.commit)
+                except OutOfMemory as error:
+                    if len(self.left) == short:
+                        advice = "start again with a smaller --batch (and --overwrite)"
+                        raise OutOfMemory(f"{error}, twice; {advice}") from error
+                    short = len(self.left)
+                    log.warning("%s: starting again at shard %d", error, self.left[0].index)
+                    self.commit()
+                if len(self.left) == short:  # not earlier: the error's traceback held the memory
+                    _give_back()
         finally:
             self.commit()
         if self._failure:

@@ -1,4 +1,4 @@
-"""Two instructions of the processor that numba has no function for, for use inside kernels."""
+"""Three instructions of the processor that numba has no function for, for use inside kernels."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def _take(typing: Any, counter: Any) -> Any:
     return types.int64(counter), emit
 
 
+def _widen(typing: Any, value: Any) -> Any:
+    """`widen(value)`: a float32 as it is, or the float32 that the 16 bits of a bfloat16 (as uint16) stand for."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if value == types.float32:
+            return values[0]
+        bits = builder.shl(builder.zext(values[0], _INT32), ir.Constant(_INT32, 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return (types.float32(value), emit) if value in (types.float32, types.uint16) else None
+
+
 # what numba gives takes one argument fewer than the function that it was made of
 prefetch: Any = intrinsic(_prefetch)
 take: Any = intrinsic(_take)
+widen: Any = intrinsic(_widen)

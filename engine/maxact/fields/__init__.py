@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from maxact import taps
 from maxact.errors import MaxactError
 from maxact.field import Field
 from maxact.fields.flow import Flow
 from maxact.fields.influence import measure
 from maxact.fields.intervals import NONE, Reach
+from maxact.find import find
 from maxact.models import Normalised
 from maxact.preprocess import Preprocess, one_line
 from maxact.tap import Tap
 
-_BATCH = 2  # as in taps.find: code that squeezes its tensors treats a batch of one otherwise
+_BATCH = 2  # as in `find`: code that squeezes its tensors treats a batch of one otherwise
 
 
 def fields(network: nn.Module | Callable[[torch.Tensor], Any], size: int | tuple[int, int]) -> Any:
@@ -47,7 +47,7 @@ def fields(network: nn.Module | Callable[[torch.Tensor], Any], size: int | tuple
         weight = next(network.parameters(), torch.empty(0))
         wrapped = Normalised(network, Preprocess(crop=(height, width))).to(weight.device)
         blank = torch.zeros((_BATCH, height, width, 3), dtype=torch.uint8, device=weight.device)
-        found = taps.find(wrapped, blank)
+        found = find(wrapped, blank)
         return of_taps(network, found.taps, (height, width))
     finally:
         network.train(training)

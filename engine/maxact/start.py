@@ -1,0 +1,161 @@
+"""Starting scans or going on with them: what is asked for and what is on disk to stores and the jobs that fill them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maxact.catalog import Catalog, is_dataset
+from maxact.config import RunConfig, ScanConfig
+from maxact.errors import MaxactError
+from maxact.find import Found
+from maxact.manifest import Manifest
+from maxact.models import Model
+from maxact.probe import probe
+from maxact.provenance import describe_source, versions
+from maxact.scan import Job
+from maxact.store import Store
+
+log = logging.getLogger("maxact")
+_CHOSEN = ("precision", "batch", "shard", "compile")  # chosen when a store is started, and kept
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which images are asked for (`Catalog.build`)."""
+
+    images: object
+    where: tuple[str, ...] = ()
+    sample: int | None = None
+    seed: int = 0
+    limit: int | None = None
+
+    def catalog(self) -> Catalog:
+        """Lists them."""
+        return Catalog.build(self.images, where=self.where, sample=self.sample, seed=self.seed, limit=self.limit)
+
+    def describe(self, count: int) -> dict[str, Any]:
+        """What a store says of them."""
+        return {
+            "source": describe_source(self.images),
+            "where": list(self.where),
+            "sample": self.sample,
+            "seed": self.seed if self.sample is not None else 0,
+            "limit": self.limit,
+            "count": count,
+        }
+
+
+@dataclass(frozen=True)
+class Start:
+    """One network and the store that it is to have; `settings` hold None for what may be chosen."""
+
+    path: Path
+    model: Model
+    found: Found
+    settings: ScanConfig
+
+
+def start(
+    starts: Sequence[Start], source: Source, catalog: Catalog | None, run: RunConfig, device: torch.device
+) -> list[tuple[Store, Job]]:
+    """The stores, each started or found to be that of the same scan, and the jobs that fill them.
+
+    All have one catalog, batch and shard: those of the stores that are there, or `catalog` and what suits every
+    network. Raises MaxactError where a store was made otherwise.
+    """
+    there = {} if run.overwrite else {each.path: Store(each.path) for each in starts if Store.exists(each.path)}
+    shared: dict[str, Any] = {}
+    if there:
+        first, *others = there.values()
+        catalog = first.catalog
+        shared = {name: first.manifest.settings[name] for name in ("batch", "shard")}
+        for other in others:
+            _check_alike(first, other)
+    assert catalog is not None
+    catalog = Catalog(catalog.table, source.images if is_dataset(source.images) else None)
+    opened: dict[Path, tuple[Store, Job]] = {}
+    for each in starts:
+        if each.path in there:
+            store = there[each.path]
+            saved = store.manifest.settings
+            kept = {name: saved[name] for name in _CHOSEN if getattr(each.settings, name) is None}
+            settings = replace(each.settings, **kept).resolve(device, len(catalog))
+            _check_same(store, _manifest(each, source, store.manifest.images["count"], settings, device))
+            opened[each.path] = store, _job(each, catalog, settings, run, device)
+    fresh = [each for each in starts if each.path not in there]
+    jobs = {}
+    for each in fresh:
+        wanted = replace(each.settings, **{name: value for name, value in shared.items() if _free(each, name)})
+        jobs[each.path] = probe(_job(each, catalog, wanted, run, device))
+    if fresh:
+        smallest = min(job.settings.batch or 0 for job in jobs.values())
+        for each in fresh:
+            job = jobs[each.path]
+            settings = replace(job.settings, batch=smallest, shard=each.settings.shard or shared.get("shard"))
+            settings = settings.resolve(device, len(catalog))
+            if Store.exists(each.path):
+                Store.remove(each.path)
+            manifest = _manifest(each, source, len(catalog), settings, device)
+            store = Store.create(each.path, manifest, catalog)
+            _log_start(manifest, each.found, device)
+            opened[each.path] = store, replace(job, settings=settings)
+    return [opened[each.path] for each in starts]
+
+
+def _free(each: Start, name: str) -> bool:
+    return getattr(each.settings, name) is None
+
+
+def _job(each: Start, catalog: Catalog, settings: ScanConfig, run: RunConfig, device: torch.device) -> Job:
+    return Job(each.model.network, each.model.preprocess, each.found.taps, catalog, settings, run, device)
+
+
+def _manifest(each: Start, source: Source, count: int, settings: ScanConfig, device: torch.device) -> Manifest:
+    return Manifest(
+        model={"name": each.model.name, "weights": each.model.weights, "sha256": each.model.sha256},
+        preprocessing=each.model.preprocess.to_json(),
+        images=source.describe(count),
+        settings=settings.to_json(),
+        taps=each.found.taps,
+        versions=versions(device),
+    )
+
+
+def _check_same(store: Store, wanted: Manifest) -> None:
+    if differences := store.manifest.differences(wanted):
+        raise MaxactError(
+            f"{store.path}: was made otherwise ({'; '.join(differences)}); "
+            "give the same arguments, another store, or --overwrite"
+        )
+
+
+def _check_alike(store: Store, other: Store) -> None:
+    """Raises MaxactError for stores that cannot be filled together."""
+    same = all(store.manifest.settings[name] == other.manifest.settings[name] for name in ("batch", "shard"))
+    if not same or not store.catalog.table.equals(other.catalog.table):
+        what = "images" if same else "batches or shards"
+        raise MaxactError(f"{other.path}: has other {what} than {store.path}; scan these networks apart")
+
+
+def _log_start(manifest: Manifest, found: Found, device: torch.device) -> None:
+    settings = manifest.settings
+    log.info(
+        "%s (weights %s), %d taps with %d channels, %d images, %s on %s, batches of %d%s",
+        manifest.model["name"],
+        manifest.model["weights"],
+        len(found.taps),
+        found.channels,
+        manifest.images["count"],
+        settings["precision"],
+        device,
+        settings["batch"],
+        ", compiled" if settings["compile"] else "",
+    )
+    if found.idle:
+        log.info("never run by the network, so left out: %s", ", ".join(found.idle))

@@ -1,0 +1,85 @@
+"""Several networks over one decoding: their stores as the one book that a Schedule fills.
+
+A shard is done when every store has it; what a store has already is left out when the others still lack it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from maxact.catalog import Catalog, Shard
+from maxact.partial import BadImage, Partial
+from maxact.store import Store
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What some shards gave each network, None where that is nothing yet."""
+
+    each: tuple[Partial | None, ...]
+
+    @cached_property
+    def shards(self) -> frozenset[int]:
+        """The shards that every network has."""
+        return frozenset.intersection(*(part.shards if part else frozenset() for part in self.each))
+
+    @cached_property
+    def bad(self) -> tuple[BadImage, ...]:
+        """The images that are bad for any of them, by number: decodings may differ."""
+        found = {bad.image: bad for part in self.each if part for bad in part.bad}
+        return tuple(found[image] for image in sorted(found))
+
+    @cached_property
+    def grey(self) -> dict[int, int]:
+        """How many images each shard left out for having no colour."""
+        return {shard: count for part in self.each if part for shard, count in part.grey.items()}
+
+    @cached_property
+    def held(self) -> frozenset[int]:
+        """The shards that can be taken out, because an image was bad for one of them."""
+        return frozenset(shard for part in self.each if part for shard in part.held)
+
+    def merge(self, other: Parts) -> Parts:
+        """The result of both; where a network has the shards of `other` already, what it has stays."""
+        return Parts(tuple(_merge(mine, theirs) for mine, theirs in zip(self.each, other.each, strict=True)))
+
+    def without(self, shard: Shard) -> Parts:
+        """The result less a shard, where it can be taken out, for scanning it again."""
+        return Parts(
+            tuple(part.without(shard) if part and shard.index in part.held else part for part in self.each),
+        )
+
+
+def _merge(mine: Partial | None, theirs: Partial | None) -> Partial | None:
+    if mine is None or theirs is None:
+        return mine or theirs
+    return mine if theirs.shards <= mine.shards else mine.merge(theirs)
+
+
+class Stores:
+    """Stores of one catalog with shards of one size."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self._stores = tuple(stores)
+
+    @property
+    def catalog(self) -> Catalog:
+        """The catalog of them all."""
+        return self._stores[0].catalog
+
+    @property
+    def shard(self) -> int:
+        """Images in a shard."""
+        return self._stores[0].shard
+
+    def state(self) -> Parts:
+        """What the last commits wrote."""
+        return Parts(tuple(store.state() for store in self._stores))
+
+    def commit(self, parts: Parts) -> None:
+        """Makes the parts survive anything, one after the other."""
+        for store, part in zip(self._stores, parts.each, strict=True):
+            if part is not None:
+                store.commit(part)

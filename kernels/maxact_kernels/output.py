@@ -1,0 +1,86 @@
+"""The peaks of a layer's output, on the device where it is: one operation for every kind of output and device.
+
+On the CPU it runs the numba kernels of `peaks`, as an operator of torch's, so that `torch.compile` takes it into a
+graph as it is. On CUDA inside a graph that is being compiled it is the plain torch of `peaks.reference`, which
+Inductor fuses into the kernels that make the maps; in eager mode the Triton kernel of `peaks_cuda`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from maxact_kernels import peaks as kernel
+from maxact_kernels import peaks_cuda
+from maxact_kernels.peaks import Peaks
+
+_SHARE = 1 << 20  # values of an output for which waking another thread is worth it
+_helpers: tuple[ThreadPoolExecutor, int] | None = None  # what shares the work on a CPU, and how many
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside the block, `count` threads share every output that is on the CPU. Such blocks may be nested."""
+    global _helpers
+    before = _helpers
+    with ThreadPoolExecutor(max(1, count - 1), "maxact-peaks") as pool:
+        _helpers = pool, count - 1
+        try:
+            yield
+        finally:
+            _helpers = before
+
+
+def peaks(output: torch.Tensor, axis: int) -> torch.Tensor:
+    """float32 [6, N, C]: the six numbers of `Peaks`, the integers as their bits, of an output [N, ...].
+
+    axis: the channel axis, 1 or -1; all axes but it and the first are positions. An output [N, C] has one position.
+    """
+    if output.device.type == "cpu":
+        numbers: torch.Tensor = _on_cpu(output, axis)
+        return numbers
+    if peaks_cuda.AVAILABLE and output.dtype in peaks_cuda.DTYPES and not torch.compiler.is_compiling():
+        maps, last = _lay(output, axis)
+        numbers = torch.empty((6, len(output), output.shape[axis]), device=output.device)
+        peaks_cuda.peaks(maps, last, numbers)
+        return numbers
+    maps = output.movedim(axis, 1).flatten(2) if output.ndim > 2 else output.unsqueeze(2)
+    return torch.stack([numbers.view(torch.float32) for numbers in kernel.reference(maps)])
+
+
+def _lay(output: torch.Tensor, axis: int) -> tuple[torch.Tensor, bool]:
+    """The maps as [N, P, C] or [N, C, P], contiguous, without a copy where that can be; and whether C is last."""
+    if output.ndim == 4 and axis == 1 and output.is_contiguous(memory_format=torch.channels_last):
+        output, last = output.permute(0, 2, 3, 1), True  # the same memory
+    else:
+        output, last = output.contiguous(), axis == -1 or output.ndim == 2
+    if last:
+        return output.view(len(output), -1 if output.numel() else 0, output.shape[-1]), True
+    return output.view(len(output), output.shape[1], -1), False
+
+
+@torch.library.custom_op("maxact::peaks", mutates_args=())
+def _on_cpu(output: torch.Tensor, axis: int) -> torch.Tensor:
+    maps, last = _lay(output if output.dtype == torch.bfloat16 else output.float(), axis)
+    array = maps.view(torch.uint16).numpy() if maps.dtype == torch.bfloat16 else maps.numpy()
+    numbers = torch.empty(6, len(output), output.shape[axis])
+    out, turn = Peaks.of(numbers), np.zeros(1, np.int64)
+    others = []
+    if _helpers:
+        pool, most = _helpers
+        count = min(most, array.size // _SHARE)
+        others = [pool.submit(kernel.reduce, array, last, out, 0, turn) for _ in range(count)]
+    kernel.reduce(array, last, out, 0, turn)
+    for other in others:
+        if not other.cancel():  # one that has not begun by now has nothing to do
+            other.result()
+    return numbers
+
+
+@_on_cpu.register_fake
+def _(output: torch.Tensor, axis: int) -> torch.Tensor:
+    return output.new_empty((6, output.shape[0], output.shape[axis]), dtype=torch.float32)
