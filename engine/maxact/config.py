@@ -148,9 +148,11 @@ class RunConfig:
     max_bad: int | None = None  # bad images that stop the run; None is 1 % of the catalog, but at least 10
     retry_errors: bool = False
     overwrite: bool = False
+    hardware_share: float = 0.65  # of JPEGs that a GPU's decoding hardware takes, where it has some; DALI's default
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that cannot be."""
+        _check(0 <= self.hardware_share <= 1, "hardware_share", "0 to 1", self.hardware_share)
         _check(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
         _check(self.readers >= 1, "readers", "at least 1", self.readers)
         _check(

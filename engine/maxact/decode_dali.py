@@ -228,9 +228,9 @@ class DaliDecoder:
                 "device": "mixed",
                 "jpeg_fancy_upsampling": True,  # chroma as on the CPU
                 # Buffers of the hardware decoder only grow: they start at a usual photograph's size.
-                # hw_decoder_load stays at its default (0.65) until it has been measured.
                 "preallocate_height_hint": 1024,
                 "preallocate_width_hint": 1024,
+                "hw_decoder_load": self._settings.hardware_share,
             }
         kind = {"nearest": types.INTERP_NN, "bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 

@@ -67,6 +67,7 @@ def scan(
     threads: int | None = None,
     readers: int = 16,
     decode_threads: int | None = None,
+    hardware_share: float = 0.65,
     max_bad: int | None = None,
     retry_errors: bool = False,
     overwrite: bool = False,
@@ -92,7 +93,8 @@ def scan(
         skip_grey leaves out pictures without colour.
     compile: whether torch.compile makes one graph of the network and its taps; unless told otherwise on CUDA, and on a
         CPU for ten thousand images and more where it is faster. Kept for the life of the store.
-    device, threads, readers, decode_threads: where and with how many threads it runs.
+    device, threads, readers, decode_threads: where and with how many threads it runs. hardware_share: of the JPEGs that
+        a GPU's decoding hardware takes, where it has some.
     max_bad: bad images that are borne before the run stops; 1 % unless told otherwise, but at least 10.
         retry_errors: scan the shards of recorded errors again.
     report: called after every batch, with how far it is.
@@ -172,7 +174,7 @@ def _scan(
         skip_grey=given.pop("skip_grey"),
         compile=given.pop("compile"),
     )
-    names = ("device", "threads", "readers", "decode_threads", "max_bad", "retry_errors", "overwrite")
+    names = ("device", "threads", "readers", "decode_threads", "max_bad", "retry_errors", "overwrite", "hardware_share")
     run = RunConfig(*(given.pop(name) for name in names))
     device = run.torch_device()
     # all that can be wrong with the arguments is found before anything is on disk

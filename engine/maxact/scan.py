@@ -170,6 +170,7 @@ def _decoder(job: Job) -> Decoder:
         device=job.device,
         max_pixels=int(settings.max_megapixels * 1e6),
         pictures=job.catalog.dataset is not None,
+        hardware_share=run.hardware_share,
     )
 
 
