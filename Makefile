@@ -1,14 +1,15 @@
 # `make help` lists what there is. PYTHON=python3 uses an environment of your own instead of .venv.
 VENV := .venv
+PEERS := .venv-peers
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready,)
 # the folders engine/ and kernels/ are source roots, never packages: keep them off the import path
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-gpu lint types check format bench clean
+.PHONY: help demo test test-gpu lint types check format bench bench-peers clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/ready: pyproject.toml
 	python3 -m venv $(VENV)
@@ -45,9 +46,23 @@ bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
 	$(PYTHON) bench/deconv.py --images "$(IMAGES)"
 	$(PYTHON) bench/gallery.py
 	$(PYTHON) bench/decode.py --images "$(IMAGES)"
+	$(PYTHON) bench/pack.py --images "$(IMAGES)"
+	$(PYTHON) bench/peaks.py
 	$(PYTHON) bench/memory.py --images "$(IMAGES)"
 	$(PYTHON) bench/catalog.py
 	$(PYTHON) bench/start.py
 
+# thingsvision pins numpy<2 and torchvision==0.15.2, so it comes without dependencies; where that fails it is left out
+$(PEERS)/ready: pyproject.toml
+	python3 -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,timm,bench]' zennit-crp==0.6.0
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check tensorflow torchtyping==0.1.5
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps thingsvision==2.7.3
+	touch $@
+
+bench-peers: export PYTHONPATH := bench
+bench-peers: $(PEERS)/ready  ## the scan beside its peers, in an environment of their own; IMAGES=FOLDER
+	$(PEERS)/bin/python bench/peers.py --photographs "$(IMAGES)"
+
 clean:  ## remove what was built, the environment too
-	rm -rf $(VENV) demo bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) demo bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from maxact.catalog import Catalog
     from maxact.export import export
     from maxact.fields import fields
+    from maxact.pack import pack
     from maxact.process import Interrupted, Progress
     from maxact.results import TapResults
     from maxact.run import scan, scan_together
@@ -42,6 +43,7 @@ __all__ = [
     "export",
     "fields",
     "open",
+    "pack",
     "project",
     "scan",
     "scan_together",
@@ -56,6 +58,7 @@ _HOMES = {
     "Winners": "winners",
     "export": "export",
     "fields": "fields",
+    "pack": "pack",
     "project": "run_project",
     "scan": "run",
     "scan_together": "run",

@@ -92,6 +92,7 @@ class Catalog:
 
         images: a path, a sequence of paths, or a map-style Dataset whose items are pictures or tuples that start with
             one. A path is a folder, a glob, a list (.txt, .csv, .parquet), tar archives, Parquet files or a picture.
+            Images of a pack (`maxact pack`) have the keys and labels that they had in its source.
         where: globs over labels, of which any may match; then a random `sample`, the same for the same seed, in the
             order of the list; then the first `limit`.
 

@@ -119,12 +119,36 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", dest="as_json", help="as JSON, with everything")
     info.set_defaults(command=commands.info)
 
+    _add_pack(subcommands)
     demo = subcommands.add_parser("demo", help="all of it on an embedded network and embedded photographs")
     demo.add_argument("out", metavar="OUT", nargs="?", default="demo", help="the folder of the result (demo)")
     demo.add_argument("--overwrite", action="store_true", help="start again")
     demo.add_argument("--quiet", action="store_true", help="no display, warnings only")
     demo.set_defaults(command=commands.demo)
     return parser
+
+
+def _add_pack(subcommands: Any) -> None:
+    pack = subcommands.add_parser(
+        "pack",
+        help="images made smaller, once, in archives that every later scan decodes faster",
+        description="The same command again goes on with an unfinished pack, or says that it is done.",
+    )
+    pack.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
+    pack.add_argument("out", metavar="OUT", help="the folder of the result; give it as IMAGES to scan")
+    _add_images(pack)
+    how = pack.add_argument_group("packing")
+    how.add_argument("--short-side", type=int, default=256, metavar="N", help="in pixels; none is enlarged (256)")
+    how.add_argument("--quality", type=int, default=95, metavar="N", help="of JPEG, 1 to 100 (95)")
+    how.add_argument("--shard-images", type=int, default=4096, metavar="N", help="images in an archive (4096)")
+    how.add_argument("--max-megapixels", type=float, default=200.0, metavar="N", help="larger images are bad (200)")
+    how.add_argument("--max-bad", type=int, metavar="N", help="bad images to bear (1 %% of all, but at least 10)")
+    running = pack.add_argument_group("running")
+    running.add_argument("--workers", type=int, metavar="N", help="threads that decode and encode (every core)")
+    running.add_argument("--readers", type=int, default=16, metavar="N", help="threads that read files (16)")
+    running.add_argument("--overwrite", action="store_true", help="delete the pack that is there and start again")
+    running.add_argument("--quiet", action="store_true", help="no display, warnings only")
+    pack.set_defaults(command=commands.pack)
 
 
 def _add_render(subcommands: Any) -> None:

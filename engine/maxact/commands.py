@@ -209,6 +209,23 @@ def export(store: str, out: str) -> int:
     return 0
 
 
+def pack(images: list[str], out: str, quiet: bool, **settings: Any) -> int:
+    """`maxact pack`."""
+    from maxact.pack import pack
+    from maxact.process import show_bytes
+    from maxact.progress import display
+
+    settings["where"] = settings["where"] or []
+    source = images[0] if len(images) == 1 else images
+    with display(quiet) as report:
+        done = pack(source, out, report=report, native_log=True, **settings)
+    if not quiet:
+        bad = f", {done['bad']:,} bad (in {out}/errors.parquet)" if done["bad"] else ""
+        size = show_bytes(done["bytes"])
+        print(f"{out}: {done['packed']:,} of {done['images']:,} images{bad}; {done['archives']:,} archives, {size}")
+    return 0
+
+
 def demo(out: str, quiet: bool, overwrite: bool) -> int:
     """`maxact demo`."""
     from maxact import demo, run, run_project

@@ -21,12 +21,19 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # what network file 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Holds the store at `path` for one run. The system lets go when the process ends, however it does.
-
-    Raises MaxactError where another process holds it, and where there is something that is no store. A file
-    system that has no locks is only warned of.
-    """
+    """Holds the store at `path` for one run: see `hold`. Raises MaxactError where there is something that is no
+    store."""
     check_place(path)
+    with hold(path):
+        yield
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Holds a folder for one run, by a file in it. The system lets go when the process ends, however it does.
+
+    Raises MaxactError where another process holds it. A file system that has no locks is only warned of.
+    """
     folder = path / "run"
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from braceexpand import braceexpand
 from natsort import natsort_keygen
 
-from maxact import archives
+from maxact import archives, packed
 from maxact.archives import Row, printable, show, text
 from maxact.errors import MaxactError, UsageError
 
@@ -115,8 +115,10 @@ def _folder(place: Place) -> Iterator[Row]:
         found = True
         yield key, label, entry.path, 0, *_length_and_modified(entry.path)
     if not found:
+        packed.check_finished(place.path, whole=place.pattern == ("**",))
         for key, _, entry in _walk(place, ARCHIVES):
-            yield from _file(entry.path, key)
+            if not packed.is_record(entry.path):
+                yield from _file(entry.path, key)
 
 
 def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, os.DirEntry[bytes]]]:
@@ -188,7 +190,7 @@ def _file(path: bytes, key: str) -> Iterator[Row]:
     if suffix in IMAGES:
         return iter([(key, _parent(key, path), path, 0, *_length_and_modified(path))])
     if suffix == "tar":
-        return archives.tar_rows(path, key, IMAGES)
+        return packed.rows(path) or archives.tar_rows(path, key, IMAGES)
     if suffix == "parquet":
         if archives.holds_images(path):
             return archives.parquet_rows(path, key)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from maxact import packed
 from maxact.catalog import Catalog, is_dataset
 from maxact.config import RunConfig, ScanConfig
 from maxact.errors import MaxactError
@@ -39,15 +40,17 @@ class Source:
         """Lists them."""
         return Catalog.build(self.images, where=self.where, sample=self.sample, seed=self.seed, limit=self.limit)
 
-    def describe(self, count: int) -> dict[str, Any]:
-        """What a store says of them."""
+    def describe(self, catalog: Catalog) -> dict[str, Any]:
+        """What a store says of them, and of the packs that they lie in."""
+        packs = packed.describe(catalog.table)
         return {
             "source": describe_source(self.images),
             "where": list(self.where),
             "sample": self.sample,
             "seed": self.seed if self.sample is not None else 0,
             "limit": self.limit,
-            "count": count,
+            "count": len(catalog),
+            **({"packed": packs} if packs else {}),
         }
 
 
@@ -86,7 +89,7 @@ def start(
             saved = store.manifest.settings
             kept = {name: saved[name] for name in _CHOSEN if getattr(each.settings, name) is None}
             settings = replace(each.settings, **kept).resolve(device, len(catalog))
-            _check_same(store, _manifest(each, source, store.manifest.images["count"], settings, device))
+            _check_same(store, _manifest(each, source, catalog, settings, device))
             opened[each.path] = store, _job(each, catalog, settings, run, device)
     fresh = [each for each in starts if each.path not in there]
     jobs = {}
@@ -101,7 +104,7 @@ def start(
             settings = settings.resolve(device, len(catalog))
             if Store.exists(each.path):
                 Store.remove(each.path)
-            manifest = _manifest(each, source, len(catalog), settings, device)
+            manifest = _manifest(each, source, catalog, settings, device)
             store = Store.create(each.path, manifest, catalog)
             _log_start(manifest, each.found, device)
             opened[each.path] = store, replace(job, settings=settings)
@@ -116,11 +119,11 @@ def _job(each: Start, catalog: Catalog, settings: ScanConfig, run: RunConfig, de
     return Job(each.model.network, each.model.preprocess, each.found.taps, catalog, settings, run, device)
 
 
-def _manifest(each: Start, source: Source, count: int, settings: ScanConfig, device: torch.device) -> Manifest:
+def _manifest(each: Start, source: Source, catalog: Catalog, settings: ScanConfig, device: torch.device) -> Manifest:
     return Manifest(
         model={"name": each.model.name, "weights": each.model.weights, "sha256": each.model.sha256},
         preprocessing=each.model.preprocess.to_json(),
-        images=source.describe(count),
+        images=source.describe(catalog),
         settings=settings.to_json(),
         taps=each.found.taps,
         versions=versions(device),
@@ -157,5 +160,8 @@ def _log_start(manifest: Manifest, found: Found, device: torch.device) -> None:
         settings["batch"],
         ", compiled" if settings["compile"] else "",
     )
+    smallest = min((pack["settings"]["short_side"] for pack in manifest.images.get("packed", ())), default=None)
+    if smallest and smallest < manifest.preprocessing["resize"] and not manifest.preprocessing["function"]:
+        log.warning("packed at a short side of %d, below the network's %d", smallest, manifest.preprocessing["resize"])
     if found.idle:
         log.info("never run by the network, so left out: %s", ", ".join(found.idle))

@@ -7,9 +7,12 @@ Inductor fuses into the kernels that make the maps; in eager mode the Triton ker
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from math import prod
 
 import numpy as np
 import torch
@@ -43,13 +46,22 @@ def peaks(output: torch.Tensor, axis: int) -> torch.Tensor:
     if output.device.type == "cpu":
         numbers: torch.Tensor = _on_cpu(output, axis)
         return numbers
-    if peaks_cuda.AVAILABLE and output.dtype in peaks_cuda.DTYPES and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and output.dtype in peaks_cuda.DTYPES and _in_triton(output.device):
         maps, last = _lay(output, axis)
         numbers = torch.empty((6, len(output), output.shape[axis]), device=output.device)
         peaks_cuda.peaks(maps, last, numbers)
         return numbers
     maps = output.movedim(axis, 1).flatten(2) if output.ndim > 2 else output.unsqueeze(2)
     return torch.stack([numbers.view(torch.float32) for numbers in kernel.reference(maps)])
+
+
+@cache
+def _in_triton(device: torch.device) -> bool:
+    """Whether the Triton kernel can be used on a device; where it cannot, plain torch takes its place."""
+    trouble = peaks_cuda.trouble(device)
+    if trouble:
+        warnings.warn(f"peaks are found in plain torch, which is slower: {trouble}", stacklevel=2)
+    return trouble is None
 
 
 def _lay(output: torch.Tensor, axis: int) -> tuple[torch.Tensor, bool]:
@@ -59,8 +71,8 @@ def _lay(output: torch.Tensor, axis: int) -> tuple[torch.Tensor, bool]:
     else:
         output, last = output.contiguous(), axis == -1 or output.ndim == 2
     if last:
-        return output.view(len(output), -1 if output.numel() else 0, output.shape[-1]), True
-    return output.view(len(output), output.shape[1], -1), False
+        return output.view(len(output), prod(output.shape[1:-1]), output.shape[-1]), True
+    return output.view(*output.shape[:2], prod(output.shape[2:])), False
 
 
 @torch.library.custom_op("maxact::peaks", mutates_args=())

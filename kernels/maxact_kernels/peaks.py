@@ -1,7 +1,7 @@
 """Maximum, position, minimum, mean, mean square and active positions of every map, in one read of the map.
 
-The same six numbers two ways: `reference` in plain torch (any device, any precision, the definition),
-`reduce` on numba kernels for float32 and bfloat16 maps on the CPU. A map is the values of one channel on one image over its P
+The same six numbers two ways: `reference` in plain torch (any device, any precision, the definition), `reduce` on
+numba kernels for float32 and bfloat16 maps on the CPU. A map is the values of one channel on one image over its P
 positions, numbered row by row. A map that holds NaN or infinity has maximum, minimum, mean and square NaN,
 position -1 and no active positions.
 """
@@ -93,8 +93,9 @@ def reduce(
 ) -> None:
     """The peaks of maps [N, P, C] (`channels_last`) or [N, C, P] into C columns of `out` from `column` on.
 
-    The maps are float32, or the bits of bfloat16 as uint16. All arrays are C-contiguous: what is written through a strided view is not vectorised. Holds no GIL. Threads that
-    call this with the same `turn`, a zero [1], share the images: each takes the next one that nobody has taken.
+    The maps are float32, or the bits of bfloat16 as uint16. All arrays are C-contiguous: what is written through a
+    strided view is not vectorised. Holds no GIL. Threads that call this with the same `turn`, a zero [1], share the
+    images: each takes the next one that nobody has taken.
     """
     kernel: Any = _channels_last if channels_last else _channels_first
     turn = np.zeros(1, np.int64) if turn is None else turn

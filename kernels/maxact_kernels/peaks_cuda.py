@@ -3,8 +3,9 @@
 For networks that do not compile as one graph, where nothing fuses `reference` into what produces the map: run
 operation by operation it reads the map, or a copy of it, nine times and writes three more of its size.
 
-Triton comes with torch's CUDA builds for Linux. Without it this module can be imported, `AVAILABLE` is False, and
-`peaks` must not be called. Where TRITON_INTERPRET=1 is set before Triton is first imported, the same kernels run in
+Triton comes with torch's CUDA builds for Linux; it compiles when a kernel is first called, and wants a C compiler for
+that. Without Triton this module can be imported, `AVAILABLE` is False, and `peaks` must not be called; `trouble` says
+whether all of it works. Where TRITON_INTERPRET=1 is set before Triton is first imported, the same kernels run in
 its interpreter, on tensors of the CPU. Shapes are named as there: N images, C channels, P positions of a map.
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 
+from maxact_kernels.peaks import reference
+
 try:
     import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
     import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -29,14 +32,16 @@ else:
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PLANES = 6  # the numbers of a map, in the order of `Peaks`
 
-# What decides about these sizes is how much is on its way from memory at any time. An H200 that gives 4.3 TB/s with
-# 0.7 us between asking and having has 3 MB on its way: 23 KB for each of its 132 multiprocessors.
+# These sizes are reasoned and read off the compiled code; none has been timed on a device yet.
+#
+# What decides is how much is on its way from memory at any time. An H200 that gives 4.3 TB/s with, say, 0.7 us between
+# asking and having has 3 MB on its way: 23 KB for each of its 132 multiprocessors.
 #
 # A program is one warp, so that nothing in it waits for others: where maps are 7 x 7, reductions across warps would
 # take longer than the maps. It takes a tile of 256 values at a time, 8 for each thread: in 16 bits one load of 16
 # bytes, the widest there is. Running values are kept for each place of the tile and meet only at the end. They and
-# 4 loads, issued before the first is used, fit into 96 registers: up to 21 programs on a multiprocessor, with 42 KB on
-# their way.
+# 4 loads, issued before the first is used, fit into 96 registers (as Triton 3.6 and 3.9 compile for it): up to 21
+# programs on a multiprocessor, with 42 KB on their way.
 _WARPS = 1
 _TILE = 256
 _LOADS = 4
@@ -155,6 +160,29 @@ def peaks(maps: torch.Tensor, channels_last: bool, out: torch.Tensor, column: in
                 num_warps=_JOIN_WARPS,
                 **_OPTIONS,
             )
+
+
+def trouble(device: torch.device) -> str | None:
+    """Why the kernels are of no use on a device: None where they give what `reference` gives there.
+
+    It compiles them for float16 in channels_last, some seconds unless Triton has kept what it compiled before.
+    """
+    if not AVAILABLE:
+        return "Triton is not installed"
+    for positions in (49, 300):  # 300 are shared among programs
+        maps = (torch.arange(2 * positions * 72, device=device) % 1009 % 13 - 6).half().view(2, positions, 72)
+        maps[1, 3, 5] = torch.nan
+        out = torch.empty((PLANES, 2, 72), device=device)
+        try:
+            peaks(maps, True, out)
+        except Exception as error:  # whatever a compiler or a driver may raise
+            return f"{type(error).__name__}: {error}"
+        for mine, theirs in zip(out, reference(maps.mT), strict=True):
+            if theirs.dtype == torch.int32:
+                mine = mine.view(torch.int32)
+            if not torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5, equal_nan=True):
+                return "what the kernels give is wrong"
+    return None
 
 
 def _power_of_two(number: int) -> int:
