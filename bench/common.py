@@ -18,6 +18,7 @@ import maxact.environment
 maxact.environment.prepare()  # as the command line does, before torch is imported
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from maxact.demo import write_tiles  # noqa: E402
 from maxact.progress import print_table  # noqa: E402
@@ -63,6 +64,33 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit,
     }
+
+
+def resident(field: str = "VmRSS") -> float:
+    """Resident memory of this process in MB, or its peak ("VmHWM"); getrusage's would begin with the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def forget_peak() -> None:
+    """From here on the peak ("VmHWM") is that of what comes."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def cuttings(sources: Sequence[Path], folder: Path, side: int, count: int) -> list[Path]:
+    """Small squares out of photographs, all different, as JPEG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for index in range(count):
+        made.append(folder / f"{index}.jpg")
+        source, turn = sources[index % len(sources)], index // len(sources)
+        with Image.open(source) as picture:
+            # the windows of one photograph shrink and move from one turn to the next
+            edge = max(side, min(picture.size) * 7 // (7 + turn))
+            left, top = (turn * 29 % (size - edge + 1) for size in picture.size)
+            cut = picture.convert("RGB").resize((side, side), box=(left, top, left + edge, top + edge))
+        cut.save(made[-1], quality=90)
+    return made
 
 
 def interleaved(runs: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:

@@ -7,71 +7,34 @@ the ratio is the median of the rounds' ratios. The same is given in CPU seconds,
 disturb less: (F's + D's) / the scan's, per image. And once more with F in a process of its own that sets nothing: what
 a user's own script has, and what a user who knows none of that would call the limit.
 
-A round of the scan is half a shard that begins with empty heaps. A whole shard is a little cheaper: heaps that have
-seen more images take fewer of the next. A scan of every photograph beforehand loads the kernels.
+A round of the scan is a stretch of one that goes on (`maxact.loops.Loop`), without beginning and end. A stretch over
+every photograph beforehand loads the kernels. `maxact bench` measures more stages of any scan; here are many networks,
+and what is beyond the engine.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from common import arguments, finish, interleaved, median, photographs
+from maxact import stages
 from maxact.catalog import Catalog
 from maxact.config import RunConfig, ScanConfig, cores
-from maxact.decode import make_decoder
 from maxact.find import find_taps
-from maxact.models import Model, load_model
-from maxact.numerics import kept_memory, numerics
-from maxact.scan import Job, Tick, scan
+from maxact.loops import Cost, Loop, as_in_a_scan, repeated
+from maxact.models import load_model
+from maxact.scan import Job
 
-WARM_UP = 2  # batches that do not count
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds per image, on the clock and of CPU time."""
-
-    wall: float
-    cpu: float
-
-
-class Stopwatch:
-    """Runs from when it is made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def per(self, images: int) -> Cost:
-        """The cost of each of so many images since then."""
-        return Cost((time.perf_counter() - self._wall) / images, (time.process_time() - self._cpu) / images)
-
-
-def forward(model: Model, batch: int, batches: int, threads: int, precision: str) -> Callable[[], Cost]:
-    """The bare network, channels_last, on one batch in memory."""
-    network = model.network.to(memory_format=torch.channels_last)
-    images = torch.rand(batch, 3, *model.preprocess.crop).to(memory_format=torch.channels_last)
-
-    def run() -> Cost:
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        with numerics(threads), kept_memory(), torch.inference_mode(), autocast:
-            for _ in range(WARM_UP):
-                network(images)
-            watch = Stopwatch()
-            for _ in range(batches):
-                network(images)
-            return watch.per(batches * batch)
-
-    return run
+WARM_UP = 2  # batches of the plain network that do not count
 
 
 def plain(name: str, batch: int, batches: int, threads: int, precision: str) -> Callable[[], Cost]:
@@ -103,79 +66,42 @@ with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled={prec
     return run
 
 
-def decode(model: Model, catalog: Catalog, batch: int, batches: int, threads: int) -> Callable[[], Cost]:
-    """The decoder alone, on bytes in memory, as many batches in flight as in a scan."""
-    files = [catalog.read(entry) for entry in catalog.entries(0, min(len(catalog), batch * batches))]
-    parts = [files[start : start + batch] for start in range(0, len(files) - batch + 1, batch)]
-
-    def run() -> Cost:
-        decoder = make_decoder("auto", model.preprocess, batch=batch, threads=threads)
-        for part in parts[:WARM_UP]:
-            decoder.submit(part)
-            decoder.collect()
-        watch = Stopwatch()
-        for index in range(batches):
-            if index >= decoder.depth:
-                decoder.collect()
-            decoder.submit(parts[index % len(parts)])
-        for _ in range(min(decoder.depth, batches)):
-            decoder.collect()
-        cost = watch.per(batches * batch)
-        decoder.close()
-        return cost
-
-    return run
-
-
-def whole(job: Job) -> Callable[[], Cost]:
-    """The scan's loop, from its first batches on to the last shard's result."""
-    shards = job.catalog.shards(job.settings.shard or 0)
-
-    def run() -> Cost:
-        watch, seen = Stopwatch(), 0
-
-        def tick(tick: Tick) -> None:
-            nonlocal watch, seen
-            seen += 1
-            if seen == WARM_UP:
-                watch = Stopwatch()
-
-        counted = len(job.catalog) - WARM_UP * (job.settings.batch or 0)
-        # up to the last shard's result: what is torn down afterwards belongs to no image
-        given = scan([job], iter(shards), threading.Event(), tick, lambda shard: [job.tally(shard)])
-        return [watch.per(counted) for _ in given][-1]
-
-    return run
-
-
 def main() -> None:
     """Measures and reports."""
     args = arguments(
-        __doc__ or "", images="", models="resnet18", batch=32, batches=62, rounds=5, precision="fp32", threads=cores()
+        __doc__ or "",
+        images="",
+        models="resnet18",
+        batch=32,
+        batches=62,
+        rounds=5,
+        precision="fp32",
+        threads=cores(),
+        compile=0,
     )
     rows = []
     values: dict[str, object] = {}
     for name in args.models.split(","):
         model = load_model(name, weights="none")
         found = find_taps(model)
-        one = Catalog.build(photographs(args.images))
-        # every photograph again and again, up to the number of batches
-        paths = [entry.source for entry in one.entries(0, len(one))]
-        count = args.batch * (args.batches + WARM_UP)
-        catalog = Catalog.build([Path(path.decode()) for path in islice(paths * (count // len(paths) + 1), count)])
-        settings = ScanConfig(precision=args.precision, batch=args.batch).resolve(torch.device("cpu"))
+        catalog = Catalog.build(photographs(args.images))
+        settings = ScanConfig(precision=args.precision, batch=args.batch, compile=bool(args.compile))
+        settings = settings.resolve(torch.device("cpu"))
         run = RunConfig("cpu", threads=args.threads, decode_threads=args.threads)
-        job = Job(model.network, model.preprocess, found.taps, catalog, settings, run, torch.device("cpu"))
-        whole(replace(job, catalog=one))()
-        measured = interleaved(
-            {
-                "forward": forward(model, args.batch, args.batches // 4, args.threads, args.precision),
-                "decode": decode(model, catalog, args.batch, args.batches, args.threads),
-                "scan": whole(job),
+        cycled = repeated(catalog, args.batch)
+        job = Job(model.network, model.preprocess, found.taps, cycled, settings, run, torch.device("cpu"))
+        images = torch.rand(args.batch, 3, *model.preprocess.crop).to(memory_format=torch.channels_last)
+        forward = stages.forward(stages.bare(job, bool(args.compile)), [images], args.precision)
+        with as_in_a_scan(job), closing(Loop(replace(job, network=stages.twin(job.network)))) as loop:
+            loop(math.ceil(len(catalog) / args.batch))
+            decode = stages.decode(job, stages.gather(job).files)
+            runs: dict[str, Callable[[], Cost]] = {
+                "forward": partial(forward, args.batches // 4),
+                "decode": partial(decode, args.batches),
+                "scan": partial(loop, args.batches),
                 "plain": plain(name, args.batch, args.batches // 4, args.threads, args.precision),
-            },
-            args.rounds,
-        )
+            }
+            measured = interleaved(runs, args.rounds)
         costs = list(zip(measured["forward"], measured["decode"], measured["scan"], strict=True))
         ratio = median([(f.wall + d.wall) / s.wall for f, d, s in costs])
         cpu_ratio = median([(f.cpu + d.cpu) / s.cpu for f, d, s in costs])

@@ -58,6 +58,53 @@ def test_peaks_agree_with_those_on_the_cpu(name: str) -> None:
     assert (got.position == expected.position).mean() > 0.99
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "efficientnet_b0"])
+def test_a_compiled_network_gives_the_peaks_of_the_eager_one(name: str) -> None:
+    """Inductor fuses the reductions; it has given wrong positions in channels_last maps before."""
+    model = load_model(name, weights="none", crop=64, resize=64)
+    network = Normalised(model.network, model.preprocess).to("cuda", memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = find(network, BLANK.cuda())
+    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8, device="cuda")
+    with Taps(network, found.taps, "fp16") as taps:
+        expected = taps(images).result()
+    with Taps(network, found.taps, "fp16", compiled=True) as taps:
+        batches = [taps(images.roll(turn, 0)) for turn in range(4)]  # none waits for the one before
+        for turn, batch in enumerate(batches):
+            got = batch.result()
+            scale = np.abs(expected.max).max()
+            np.testing.assert_allclose(np.roll(got.max, -turn, 0), expected.max, rtol=1e-2, atol=1e-3 * scale)
+            assert (np.roll(got.position, -turn, 0) == expected.position).mean() > 0.9
+
+
+def test_what_is_left_open_is_chosen_by_trying(tmp_path: Path) -> None:
+    """A batch that does not fit is halved, and what overflows in fp16 gets bf16."""
+    write_photographs(tmp_path / "photos", 6)
+
+    class Greedy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > 20:  # as many as this machine may have, and then some
+                torch.empty(1 << 50, dtype=torch.uint8, device=x.device)
+            return x * 1e5
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Greedy(), nn.Conv2d(4, 4, 1))
+    network.preprocess = SMALL  # type: ignore[assignment]
+    store = maxact.scan(network, tmp_path / "photos", tmp_path / "s.zarr", device="cuda", compile=False)
+    settings = store.manifest.settings
+    assert (settings["batch"], settings["precision"], settings["shard"]) == (16, "bf16", 4096)
+    assert store["2"].unfit == 0
+
+
+def test_two_networks_over_one_decoding_on_the_device(tmp_path: Path) -> None:
+    write_photographs(tmp_path / "photos", 20)
+    settings = {"weights": "none", "crop": 64, "resize": 64, "batch": 8, "device": "cuda", "compile": False}
+    both = maxact.scan_together(["resnet18", "vgg11"], tmp_path / "photos", tmp_path / "both", **settings)
+    for name, store in zip(["resnet18", "vgg11"], both, strict=True):
+        alone = maxact.scan(name, tmp_path / "photos", tmp_path / f"{name}.zarr", **settings)  # type: ignore[arg-type]
+        for tap in alone:
+            for mine, theirs in zip(alone[tap].lists["max", "top"], store[tap].lists["max", "top"], strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+
+
 def test_an_overflow_in_half_precision_is_counted_and_not_ranked(tmp_path: Path) -> None:
     write_photographs(tmp_path / "photos", 6)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
