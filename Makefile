@@ -48,6 +48,7 @@ bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
 	$(PYTHON) bench/decode.py --images "$(IMAGES)"
 	$(PYTHON) bench/pack.py --images "$(IMAGES)"
 	$(PYTHON) bench/peaks.py
+	$(PYTHON) bench/fields.py
 	$(PYTHON) bench/memory.py --images "$(IMAGES)"
 	$(PYTHON) bench/catalog.py
 	$(PYTHON) bench/start.py

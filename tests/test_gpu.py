@@ -13,8 +13,8 @@ from torch import nn
 import maxact
 from maxact.decode import make_decoder
 from maxact.deconv import Projector
-from maxact.models import Normalised, load_model
 from maxact.find import find
+from maxact.models import Normalised, load_model
 from maxact.taps import Taps
 from maxact_kernels import peaks
 from support import BLANK, SMALL, write_photographs
