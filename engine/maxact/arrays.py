@@ -33,10 +33,10 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_json(values, path)
 
 
-def open_group(path: Path) -> Any:
-    """The root group of the store at `path`, for reading."""
+def open_group(path: Path, place: str = "") -> Any:
+    """A group of the store at `path`, for reading: the root, or without a look at that, the one at `place`."""
     # the consolidated metadata would make empty arrays of files that are gone
-    return zarr.open_group(path, mode="r", use_consolidated=False)
+    return zarr.open_group(path, path=place, mode="r", use_consolidated=False)
 
 
 @contextmanager

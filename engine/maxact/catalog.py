@@ -3,7 +3,7 @@
 import fnmatch
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
     ]
 )
 BATCH = 32_768  # rows that exist as Python objects at a time
+TOLD = 1024  # rows from one report to the next: a second where a look at a file takes a millisecond
 
 # Arrow's own allocator keeps twice the memory that the columns take while they grow batch by batch.
 POOL = pa.system_memory_pool()
@@ -87,6 +88,7 @@ class Catalog:
         sample: int | None = None,
         seed: int = 0,
         limit: int | None = None,
+        report: Callable[[int], None] = lambda count: None,
     ) -> "Catalog":
         """List and number images.
 
@@ -95,6 +97,7 @@ class Catalog:
             Images of a pack (`maxact pack`) have the keys and labels that they had in its source.
         where: globs over labels, of which any may match; then a random `sample`, the same for the same seed, in the
             order of the list; then the first `limit`.
+        report: called now and then with how many images have been found.
 
         MaxactError: a source is missing, empty, unreadable or cannot be indexed, or no label matches. A missing file
         in a list is none: it stays in the catalog with length and modified 0, and reading it fails.
@@ -106,10 +109,10 @@ class Catalog:
         if seed < 0:
             raise UsageError(f"seed must be at least 0, not {seed}")
         if is_dataset(images):
-            table = _tabulate(sources.items(images))
+            table = _tabulate(_told(sources.items(images), report))
         else:
             paths = [images] if isinstance(images, PATH) else images
-            table = _tabulate(chain.from_iterable(map(sources.find, paths)))  # type: ignore[call-overload]
+            table = _tabulate(_told(chain.from_iterable(map(sources.find, paths)), report))  # type: ignore[call-overload]
         if not len(table):
             raise MaxactError("no images were given")
         # Keys are settled before anything is left out, so that an image keeps its key in every selection.
@@ -236,6 +239,14 @@ def _change(entry: Entry, status: os.stat_result) -> str:
     if status.st_size != entry.length:
         return f"changed: {path} has {status.st_size} bytes, but had {entry.length} when it was catalogued"
     return f"changed: {path} was modified after it was catalogued"
+
+
+def _told(rows: Iterator[Row], report: Callable[[int], None]) -> Iterator[Row]:
+    """The same rows; every so many of them are reported."""
+    for count, row in enumerate(rows, start=1):
+        if count % TOLD == 0:
+            report(count)
+        yield row
 
 
 def _tabulate(rows: Iterator[Row]) -> pa.Table:

@@ -28,8 +28,9 @@ class Interrupted(MaxactError):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: how much there is in all, was done when it started, and is done in it; bad and grey images
-    among that; the seconds that it has waited for images, and those that it has taken; what it does, in what unit."""
+    """How far a run is: how much there is in all (0: not known yet), was done when it started, and is done in it;
+    bad and grey images among that; the seconds that it has waited for images, and those that it has taken; what it
+    does, in what unit."""
 
     total: int
     before: int

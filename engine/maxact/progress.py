@@ -88,7 +88,7 @@ def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
                 bar.reset(task, description=stage)
             bar.update(
                 task,
-                total=progress.total,
+                total=progress.total or None,  # None leaves it as it is, unknown at first
                 completed=progress.before + progress.done,
                 rate=_rate(progress),
                 rest=_rest(progress),
@@ -107,13 +107,15 @@ class _Lines:
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         at = progress.before + progress.done
-        if now - self._said < LINE_SECONDS and at < progress.total:
+        known = progress.total > 0
+        if now - self._said < LINE_SECONDS and not (known and at >= progress.total):
             return
         self._said = now
         seconds = max(progress.seconds, 1e-9)
         rate = progress.done / seconds
         left = f"{(progress.total - at) / rate:,.0f} s left" if at < progress.total and rate else f"{seconds:,.0f} s"
-        words = [f"{progress.stage} {at} of {progress.total} {progress.unit}", _rate(progress), left, _rest(progress)]
+        of = f" of {progress.total}" if known else ""
+        words = [f"{progress.stage} {at}{of} {progress.unit}", _rate(progress), left, _rest(progress)]
         self._logger.info("%s", ", ".join(filter(None, words)))
 
 

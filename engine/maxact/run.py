@@ -29,6 +29,7 @@ from maxact.scan import scan as scan_shards
 from maxact.schedule import Schedule
 from maxact.start import Source, Start, start
 from maxact.store import Store
+from maxact.tap import columns
 from maxact.together import Parts, Stores
 
 log = logging.getLogger("maxact")
@@ -188,7 +189,12 @@ def _scan(
         starts.append(Start(path, model, found, replace(wanted, decoder=cast(DecoderName, decoder))))
     catalog = None
     if run.overwrite or not all(Store.exists(path) for path in paths):
-        catalog = source.catalog()
+        begun = time.monotonic()
+
+        def found_so_far(count: int) -> None:
+            report(Progress(0, 0, count, seconds=time.monotonic() - begun, stage="listing"))
+
+        catalog = source.catalog(found_so_far)
     with ExitStack() as resources:
         for path in paths:
             resources.enter_context(Store.lock(path))
@@ -264,15 +270,16 @@ def _run(opened: Sequence[tuple[Store, Job]], run: RunConfig, report: Callable[[
         for store, job, part in zip(stores, jobs, schedule.result.each, strict=True):
             assert part is not None
             store.finish(part, of_taps(job.network, job.taps, job.preprocess.crop))
-            _look_over(store)
+            _look_over(store, part)
 
 
-def _look_over(store: Store) -> None:
+def _look_over(store: Store, part: Partial) -> None:
     """Says what a finished store lacks. Raises MaxactError where it holds nothing."""
     if not (store.manifest.summary or {})["scanned"]:
         first = store.errors().slice(0, 1).to_pylist()
         reason = f" ({first[0]['key']}: {first[0]['error']})" if first else ""
         raise MaxactError(f"{store.path}: not one of the {len(store.catalog)} images could be used{reason}")
-    for tap in store:
-        if unfit := store[tap].unfit:
-            log.warning("%s: %d maps with NaN or infinity were left out", tap, unfit)
+    unfit = part.total().unfit
+    for tap, first, end in columns(store.manifest.taps):
+        if count := int(unfit[first:end].sum()):
+            log.warning("%s: %d maps with NaN or infinity were left out", tap.name, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ class Source:
     seed: int = 0
     limit: int | None = None
 
-    def catalog(self) -> Catalog:
-        """Lists them."""
-        return Catalog.build(self.images, where=self.where, sample=self.sample, seed=self.seed, limit=self.limit)
+    def catalog(self, report: Callable[[int], None]) -> Catalog:
+        """Lists them, and reports how many have been found."""
+        return Catalog.build(
+            self.images, where=self.where, sample=self.sample, seed=self.seed, limit=self.limit, report=report
+        )
 
     def describe(self, catalog: Catalog) -> dict[str, Any]:
         """What a store says of them, and of the packs that they lie in."""
@@ -80,6 +82,7 @@ def start(
         shared = {name: first.manifest.settings[name] for name in ("batch", "shard")}
         for other in others:
             _check_alike(first, other)
+            other.catalog = first.catalog  # one in memory is enough
     assert catalog is not None
     catalog = Catalog(catalog.table, source.images if is_dataset(source.images) else None)
     opened: dict[Path, tuple[Store, Job]] = {}

@@ -78,7 +78,9 @@ class Store:
                 left.unlink()
             catalog.save(folder / "images.parquet")
             create_group(folder, manifest)
-        return cls(folder)
+        store = cls(folder)
+        store.catalog = Catalog(catalog.table)  # what was saved: one in memory is enough
+        return store
 
     @staticmethod
     def exists(path: str | os.PathLike[str]) -> bool:
@@ -239,8 +241,7 @@ class Store:
     def _read_tap(self, tap: Tap) -> TapResults:
         lists: dict[List, Peaks] = {}
         try:
-            group = open_group(self.path)
-            node = group[tap.name]
+            node = open_group(self.path, tap.name)
             for score, end in self.manifest.lists():
                 place = node[f"{score}/{end}"]
                 if "settling" in place.attrs:  # cut short: the order of 16 bits, which is whole
@@ -273,13 +274,11 @@ class Store:
 
     def candidates(self, tap: str, key: List) -> Peaks:
         """All candidates of a list of a 16-bit scan, as that scored them."""
-        group = open_group(self.path)
-        return read_peaks(group[f"{tap}/{key[0]}/{key[1]}/candidates"], key)
+        return read_peaks(open_group(self.path, f"{tap}/{key[0]}/{key[1]}/candidates"), key)
 
     def settled(self, tap: str, key: List) -> int:
         """How many first ranks of a list are in the order of float32, though the scan was of 16 bits."""
-        group = open_group(self.path)
-        count: int = group[f"{tap}/{key[0]}/{key[1]}"].attrs.get("settled", 0)
+        count: int = open_group(self.path, f"{tap}/{key[0]}/{key[1]}").attrs.get("settled", 0)
         return count
 
     def is_settled(self, tap: str, ranks: int) -> bool:
@@ -289,8 +288,7 @@ class Store:
 
     def settled_deviation(self) -> float:
         """The largest deviation (`settle.Settled`) that was seen when lists were settled."""
-        group = open_group(self.path)
-        lists = [group[f"{tap}/{score}/{end}"] for tap in self for score, end in self.manifest.lists()]
+        lists = [open_group(self.path, f"{tap}/{score}/{end}") for tap in self for score, end in self.manifest.lists()]
         return max((node.attrs.get("deviation", 0.0) for node in lists), default=0.0)
 
     def write_settled(self, tap: str, key: List, peaks: Peaks, certain: NDArray[np.bool_]) -> None:
@@ -317,8 +315,7 @@ class Store:
         """What the second pass kept of one list. Raises MaxactError where it has not run on it."""
         place = f"{tap}/{score}/{end}"
         try:
-            group = open_group(self.path)
-            return Winners(group[place])
+            return Winners(open_group(self.path, place))
         except DAMAGE as error:
             raise MaxactError(f"{self.path}: {place} has not been projected; run `maxact project` on it") from error
 

@@ -44,7 +44,8 @@ def peaks(output: torch.Tensor, axis: int) -> torch.Tensor:
     axis: the channel axis, 1 or -1; all axes but it and the first are positions. An output [N, C] has one position.
     """
     if output.device.type == "cpu":
-        numbers: torch.Tensor = _on_cpu(output, axis)
+        compiling = torch.compiler.is_compiling()
+        numbers: torch.Tensor = _operator(output, axis) if compiling else _on_cpu(output, axis)
         return numbers
     if not torch.compiler.is_compiling() and output.dtype in peaks_cuda.DTYPES and _in_triton(output.device):
         maps, last = _lay(output, axis)
@@ -75,8 +76,8 @@ def _lay(output: torch.Tensor, axis: int) -> tuple[torch.Tensor, bool]:
     return output.view(*output.shape[:2], prod(output.shape[2:])), False
 
 
-@torch.library.custom_op("maxact::peaks", mutates_args=())
 def _on_cpu(output: torch.Tensor, axis: int) -> torch.Tensor:
+    output = output.detach()
     maps, last = _lay(output if output.dtype == torch.bfloat16 else output.float(), axis)
     array = maps.view(torch.uint16).numpy() if maps.dtype == torch.bfloat16 else maps.numpy()
     numbers = torch.empty(6, len(output), output.shape[axis])
@@ -93,6 +94,9 @@ def _on_cpu(output: torch.Tensor, axis: int) -> torch.Tensor:
     return numbers
 
 
-@_on_cpu.register_fake
+_operator = torch.library.custom_op("maxact::peaks", _on_cpu, mutates_args=())
+
+
+@_operator.register_fake
 def _(output: torch.Tensor, axis: int) -> torch.Tensor:
     return output.new_empty((6, output.shape[0], output.shape[axis]), dtype=torch.float32)
