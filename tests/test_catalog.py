@@ -282,3 +282,10 @@ class TestDataset:
     def test_what_is_no_dataset(self) -> None:
         with pytest.raises(UsageError, match="not int"):
             Catalog.build(3)
+
+
+def test_how_many_images_have_been_found_is_told_on_the_way(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("".join(f"{number}.jpg\n" for number in range(2500)))
+    told: list[int] = []
+    assert len(Catalog.build(tmp_path / "list.txt", report=told.append)) == 2500
+    assert told and told == sorted(set(told)) and told[-1] <= 2500 and len(told) >= 2

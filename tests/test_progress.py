@@ -47,6 +47,13 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert last.endswith(" a warning")
 
 
+def test_a_whole_that_is_not_known_yet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with display() as report:
+        report(Progress(0, 0, done=2048, seconds=2.0, stage="listing"))
+    assert re.search(r" listing 2048 images, 1,024 img/s, 2 s$", capsys.readouterr().err.strip())
+
+
 def test_the_last_line_always_comes(capsys: pytest.CaptureFixture[str]) -> None:
     with display() as report:
         report(Progress(10, 0, done=5))
