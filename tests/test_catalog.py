@@ -285,7 +285,8 @@ class TestDataset:
 
 
 def test_how_many_images_have_been_found_is_told_on_the_way(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("".join(f"{number}.jpg\n" for number in range(2500)))
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "list.txt").write_text("a.jpg\n" * 2500)
     told: list[int] = []
     assert len(Catalog.build(tmp_path / "list.txt", report=told.append)) == 2500
     assert told and told == sorted(set(told)) and told[-1] <= 2500 and len(told) >= 2
