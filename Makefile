@@ -6,7 +6,7 @@ READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready,)
 # the folders engine/ and kernels/ are source roots, never packages: keep them off the import path
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-gpu lint types check format bench bench-peers clean
+.PHONY: help demo test test-gpu lint types check format bench bench-gpu bench-peers clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,7 @@ demo: $(READY)  ## scan real photographs through a real network, and show what i
 test: $(READY)  ## all tests that need no GPU
 	$(PYTHON) -m pytest -m "not gpu"
 
+test-gpu: export PYTHONPATH := engine:kernels
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu
 
@@ -52,6 +53,11 @@ bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
 	$(PYTHON) bench/memory.py --images "$(IMAGES)"
 	$(PYTHON) bench/catalog.py
 	$(PYTHON) bench/start.py
+
+bench-gpu: export PYTHONPATH := engine:kernels:bench
+bench-gpu: $(READY)  ## what needs a GPU; IMAGES=FOLDER, PYTHON=python3 where torch is installed already
+	$(PYTHON) bench/gpu.py --images "$(IMAGES)"
+	$(PYTHON) bench/peaks.py
 
 # thingsvision pins numpy<2 and torchvision==0.15.2, so it comes without dependencies; where that fails it is left out
 $(PEERS)/ready: pyproject.toml

@@ -57,6 +57,11 @@ class Partial:
     grey: dict[int, int] = field(default_factory=dict)
     held: dict[int, tuple[Node, ...]] = field(default_factory=dict)  # shards that can be taken out, and their nodes
 
+    @property
+    def touched(self) -> frozenset[int]:
+        """The shards of which it holds anything."""
+        return self.shards
+
     def merge(self, other: Partial) -> Partial:
         """The result of both. Raises ValueError where they have a shard in common."""
         if self.shards & other.shards:

@@ -58,7 +58,7 @@ def probe(job: Job) -> Job:
         if asked.resolve(job.device, len(job.catalog)).compile:
             settings = _compiled(job, asked, settings, trial)
     except Unreadable:  # the scan itself will say so, and wait
-        settings = replace(settings, compile=False)
+        settings = replace(settings, compile=bool(asked.compile))
     return replace(job, settings=settings)
 
 

@@ -106,7 +106,7 @@ def scan(
     arguments that cannot be meant, and MaxactError for all else that the caller can mend.
     """
     settings = {name: value for name, value in locals().items() if name not in ("network", "images", "store")}
-    return _scan([network], images, [Path(store)], **settings)[0]
+    return _scan([network], images, [Path(store)], **(settings | {"weights": [weights]}))[0]
 
 
 def scan_together(
@@ -133,6 +133,8 @@ def scan_together(
     }
     if unknown := settings.keys() - defaults.keys():
         raise TypeError(f"scan_together() got an unexpected keyword argument {min(unknown)!r}")
+    if not networks:
+        raise UsageError("networks: expected at least one")
     several = isinstance(weights, Sequence) and not isinstance(weights, str)
     each = list(cast(Sequence[Any], weights)) if several else [weights] * len(networks)
     if len(each) != len(networks):
@@ -158,10 +160,8 @@ def _scan(
     native_log: bool,
     **given: Any,
 ) -> list[Store]:
-    """`scan` for one or several networks; `given` are its arguments, weights one for each network or for all."""
+    """`scan` for one or several networks; `given` are its arguments, weights one for each network."""
     weights = given.pop("weights")
-    if not isinstance(weights, list):
-        weights = [weights]
     labels = _items(given.pop("where"))
     sample, seed, limit = (given.pop(name) for name in ("sample", "seed", "limit"))
     source = Source(images, labels, sample, seed, limit)

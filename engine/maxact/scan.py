@@ -35,7 +35,7 @@ from maxact.numerics import kept_memory, numerics
 from maxact.partial import BadImage, Tally
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
-from maxact.taps import Pending, Taps
+from maxact.taps import OutOfMemory, Pending, Taps
 from maxact_kernels.peaks import Peaks
 
 P = TypeVar("P")
@@ -95,9 +95,10 @@ def scan(
     jobs: of one catalog, with the same batch, shard, device and settings of the run.
     `count` makes what counts a shard for each job (see `Job.tally`), or None for one that is to be left out.
     `stop` ends the scan after the batch in hand: finished shards are still given, the one in flight is dropped.
-    Raises loader.Unreadable where the images of a shard cannot be read, after the finished shards before it.
+    Raises loader.Unreadable where the images of a shard cannot be read, and taps.OutOfMemory, both after the finished
+    shards before it.
     """
-    unreadable: Unreadable | None = None
+    failure: Unreadable | OutOfMemory | None = None
     with running(jobs, shards) as (loaded, networks), _Counter(count) as counter:
         asked = time.perf_counter()
         try:
@@ -117,11 +118,11 @@ def scan(
                 if stop.is_set():
                     break
                 asked = time.perf_counter()
-        except Unreadable as error:
-            unreadable = error
+        except (Unreadable, OutOfMemory) as error:
+            failure = error
         yield from counter.rest()
-    if unreadable:
-        raise unreadable
+    if failure:
+        raise failure
 
 
 @contextmanager

@@ -31,6 +31,9 @@ class Part(Protocol):
     @property
     def shards(self) -> frozenset[int]: ...
     @property
+    def touched(self) -> frozenset[int]:
+        """The shards of which it holds anything."""
+    @property
     def bad(self) -> tuple[BadImage, ...]: ...
     @property
     def grey(self) -> Mapping[int, int]: ...
@@ -195,15 +198,15 @@ class Schedule(Generic[P]):
             self.stop.set()
 
     def _finish(self, partial: P) -> None:
-        if self._result and partial.shards <= self._again:
-            self._again -= partial.shards
-            before = [bad for bad in self._result.bad if bad.image // self._size in partial.shards]
+        if self._result and partial.touched <= self._again:
+            self._again -= partial.touched
+            before = [bad for bad in self._result.bad if bad.image // self._size in partial.touched]
             if lost := [bad for bad in partial.bad if bad.image not in {bad.image for bad in before}]:
                 # what this image had displaced from the lists is gone: they cannot do without it any more
                 log.warning("%s is bad now (%s) and was not: its shard stays as it was", lost[0].key, lost[0].error)
                 self._count_bad(before)
                 return
-            for index in partial.shards:
+            for index in partial.touched:
                 self._result = self._result.without(self._shards[index])
         self._count_bad(partial.bad)
         self._result = partial if self._result is None else self._result.merge(partial)

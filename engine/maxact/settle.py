@@ -47,6 +47,11 @@ class Exact:
     grey: dict[int, int] = field(default_factory=dict)
     held: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
+    @property
+    def touched(self) -> frozenset[int]:
+        """The shards of which it holds anything."""
+        return self.shards
+
     def merge(self, other: Exact) -> Exact:
         """The result of both. Raises ValueError where they have a shard in common."""
         if self.shards & other.shards:

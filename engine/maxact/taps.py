@@ -21,6 +21,7 @@ from maxact.tap import Tap
 from maxact_kernels import output as reduction
 from maxact_kernels.peaks import Peaks
 
+_GRAPHS = 1 << 20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -78,6 +79,8 @@ class Taps:
         self._side: torch.cuda.Stream | None = None
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._tapped
         if self._compiled:  # after the hooks are there: later ones would not be in the graph
+            # every network is one more graph of the same code, of which there may be any number
+            self._resources.enter_context(torch._dynamo.config.patch(recompile_limit=_GRAPHS))
             self._run = torch.compile(self._tapped, fullgraph=True, dynamic=False, options=_options(self._tapped))
         return self
 
@@ -100,10 +103,10 @@ class Taps:
                 peaks = self._run(images)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise OutOfMemory(f"out of memory with batches of {len(images)}") from error
-            except RuntimeError as error:
+            except Exception as error:  # torch.compile's errors have no common base
                 if "DefaultCPUAllocator" in str(error):
                     raise OutOfMemory(f"out of memory with batches of {len(images)}") from error
-                if self._compiled:
+                if self._compiled and not isinstance(error, MaxactError):
                     raise CannotCompile(f"torch.compile cannot take this network ({one_line(error)})") from error
                 raise
         return self._leave(peaks) if peaks.is_cuda else Pending(Peaks.of(peaks))

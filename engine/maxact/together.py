@@ -26,6 +26,11 @@ class Parts:
         return frozenset.intersection(*(part.shards if part else frozenset() for part in self.each))
 
     @cached_property
+    def touched(self) -> frozenset[int]:
+        """The shards that any network has."""
+        return frozenset(shard for part in self.each if part for shard in part.shards)
+
+    @cached_property
     def bad(self) -> tuple[BadImage, ...]:
         """The images that are bad for any of them, by number: decodings may differ."""
         found = {bad.image: bad for part in self.each if part for bad in part.bad}

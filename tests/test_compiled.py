@@ -1,0 +1,202 @@
+"""Scans of compiled networks: the peaks of the uncompiled one but for rounding, whatever the taps are."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import maxact
+import several
+from maxact.errors import MaxactError
+from maxact.process import Progress
+from maxact.store import Store
+from stores import contents
+from support import SMALL, THREADS, Place, all_maps, describe, lively, pixels, same
+
+COUNT, BATCH = 21, 4  # the last batch has one image
+SETTINGS: dict[str, Any] = {
+    "top": COUNT,
+    "batch": BATCH,
+    "shard": 8,
+    "threads": THREADS,
+    "decode_threads": 1,
+    "readers": 4,
+    "decoder": "torchvision",
+}
+PLACES = same("bn1", "bn2") | {
+    "again": Place("again"),
+    "again:1": Place("again", 1),
+    "tokens": Place("tokens", 0, -1),
+    "fc": Place("fc", 0, -1),
+}
+
+
+class Network(nn.Module):
+    """In-place activations after the places that are recorded, a residual addition, a module that is called twice,
+    token maps and vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.relu, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+        self.tokens, self.fc = nn.Linear(8, 6), nn.Linear(6, 5)
+        self.preprocess = SMALL
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.relu(self.bn1(self.conv1(images)))
+        maps = self.pool(self.relu(self.bn2(self.conv2(maps)) + maps))
+        maps = self.again(self.again(maps).relu_())
+        tokens = self.tokens(maps.flatten(2).transpose(1, 2))
+        scores: torch.Tensor = self.fc(tokens.mean(1))
+        return scores
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return lively(Network(), seed)
+
+
+def scan(photos: Path, store: Path, chosen: nn.Module | None = None, **settings: Any) -> Store:
+    return maxact.scan(chosen or network(), photos, store, **(SETTINGS | settings))
+
+
+@pytest.fixture(scope="module")
+def compiled(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return scan(photos, tmp_path_factory.mktemp("compiled") / "x", compile=True)
+
+
+@pytest.fixture(scope="module")
+def eager(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return scan(photos, tmp_path_factory.mktemp("eager") / "x")
+
+
+def maps_of(photos: Path, chosen: nn.Module) -> dict[str, np.ndarray]:
+    return all_maps(chosen, pixels(sorted(photos.rglob("*.jpg"))), PLACES, BATCH)
+
+
+def check(store: Store, maps: dict[str, np.ndarray], tolerance: float) -> None:
+    """Every image is in every list, with the maximum of its map, and where that is, but for rounding. So the winners
+    are the same but for ties nearer than that."""
+    assert set(store) == set(maps)
+    widths = {tap.name: tap.map[1] for tap in store.manifest.taps}
+    for name, exact in maps.items():  # [N, C, P]
+        image, score, position = store[name].lists["max", "top"]
+        assert np.array_equal(np.sort(image, 1), np.broadcast_to(np.arange(COUNT), image.shape)), name
+        assert (np.diff(score, axis=1) <= 0).all(), name
+        channel = np.arange(len(image))[:, None]
+        place = position[..., 0] * widths[name] + position[..., 1]
+        slack = tolerance * np.abs(exact).max()
+        np.testing.assert_allclose(score, exact[image, channel].max(2), rtol=0, atol=slack, err_msg=name)
+        np.testing.assert_allclose(score, exact[image, channel, place], rtol=0, atol=2 * slack, err_msg=name)
+
+
+def test_the_peaks_are_those_of_the_network(compiled: Store, photos: Path) -> None:
+    maps = maps_of(photos, network())
+    check(compiled, maps, 1e-5)
+    for name, exact in maps.items():
+        stats = compiled[name].stats
+        for key, values in describe(exact).items():
+            if key == "count":
+                assert np.array_equal(stats[key], values)
+            elif key != "active":  # a value near zero may be on either side of it
+                np.testing.assert_allclose(stats[key], values, rtol=1e-4, atol=1e-5 * np.abs(exact).max(), err_msg=name)
+        np.testing.assert_allclose(stats["active"], describe(exact)["active"], atol=5e-3)
+
+
+def test_as_the_uncompiled_scan(compiled: Store, eager: Store) -> None:
+    assert eager.manifest.settings["compile"] is False and compiled.manifest.settings["compile"] is True
+    assert eager.manifest.taps == compiled.manifest.taps
+    for name in eager:
+        mine, theirs = (store[name].lists["max", "top"] for store in (compiled, eager))
+        scale = np.abs(theirs[1]).max()
+        np.testing.assert_allclose(mine[1], theirs[1], rtol=1e-4, atol=1e-5 * scale)
+        same_image = mine[0] == theirs[0]
+        assert (mine[2] == theirs[2]).all(2)[same_image].mean() > 0.99
+        tied = np.zeros_like(same_image)
+        tied[:, 1:] |= -np.diff(theirs[1], axis=1) < 1e-4 * scale
+        tied[:, :-1] |= tied[:, 1:]
+        assert (same_image | tied).all(), name
+
+
+def test_networks_of_one_shape_keep_their_own_weights(compiled: Store, photos: Path, tmp_path: Path) -> None:
+    """The graph that one network left in the process is not used with that network's weights for the next one."""
+    for seed in (1, 2):
+        store = scan(photos, tmp_path / str(seed), network(seed), compile=True)
+        check(store, maps_of(photos, network(seed)), 1e-5)
+
+
+def test_the_network_is_left_as_it_was(photos: Path, tmp_path: Path) -> None:
+    chosen = network()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        before = chosen(images.contiguous(memory_format=torch.channels_last))
+        attributes = {name: set(vars(module)) for name, module in chosen.named_modules()}
+        state = copy.deepcopy(chosen.state_dict())
+        scan(photos, tmp_path / "x", chosen, compile=True, limit=4)
+        assert {name: set(vars(module)) for name, module in chosen.named_modules()} == attributes
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in chosen.modules())
+        assert type(chosen) is Network and chosen.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in chosen.state_dict().items())
+        assert not any(value.is_inference() for value in chosen.state_dict().values())
+        torch.testing.assert_close(chosen(images), before)
+    chosen.requires_grad_()
+    chosen(images).sum().backward()  # weights that were made in inference mode would not take part
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(images: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.done >= images:
+            raise Stop
+
+    return report
+
+
+def test_the_choice_is_kept(compiled: Store, eager: Store, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        scan(photos, tmp_path / "x", compile=True, report=stop_after(13))
+    with pytest.raises(MaxactError, match=r"was made otherwise \(compile: true, not false\)"):
+        scan(photos, tmp_path / "x", compile=False)
+    scan(photos, tmp_path / "x")
+    assert contents(tmp_path / "x") == contents(compiled.path)
+    for made in (True, False):
+        store = compiled if made else eager
+        assert scan(photos, store.path).manifest.settings["compile"] is made
+    with pytest.raises(MaxactError, match=r"was made otherwise \(compile: false, not true\)"):
+        scan(photos, eager.path, compile=True)
+
+
+def test_a_start_says_that_it_is_compiled(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "maxact"):
+        scan(photos, tmp_path / "x", compile=True, limit=4)
+    messages = [record.getMessage() for record in caplog.records if record.name == "maxact"]
+    assert [message.split(", ", 3)[3] for message in messages] == ["fp32 on cpu, batches of 4, compiled"]
+
+
+def test_in_bfloat16(photos: Path, tmp_path: Path) -> None:
+    """Rounded at other places than the uncompiled network, to eight bits."""
+    maps = maps_of(photos, network())
+    for compiles in (False, True):
+        store = scan(photos, tmp_path / str(compiles), compile=compiles, precision="bf16")
+        check(store, maps, 2**-6)
+
+
+def test_a_process_can_compile_any_number_of_networks(photos: Path, tmp_path: Path) -> None:
+    """torch.compile gives up after so many graphs of one function, by default eight."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for channels in (4, 5, 9):
+            store = scan(photos, tmp_path / str(channels), several.First(channels), compile=True, limit=4)
+            assert len(store["bn1"].dead) == channels
