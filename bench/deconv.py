@@ -29,10 +29,10 @@ from maxact.decode import make_decoder
 from maxact.deconv import Projector, share
 from maxact.field import Field
 from maxact.fields import of_taps
+from maxact.find import find_taps
 from maxact.models import Model, Normalised, load_model
 from maxact.numerics import kept_memory, numerics
 from maxact.tap import Tap
-from maxact.find import find_taps
 
 RANKS = 9
 ALONE = 0.75  # of the work: below it, winners of one image gain more by windows than by one forward pass for all

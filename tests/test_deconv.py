@@ -16,10 +16,10 @@ from torchvision import models
 from maxact.config import Method
 from maxact.deconv import Projected, Projector, share
 from maxact.errors import MaxactError
+from maxact.find import find
 from maxact.models import Normalised
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
-from maxact.find import find
 from support import BLANK, SMALL, lively
 
 METHODS: tuple[Method, ...] = get_args(Method)

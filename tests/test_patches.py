@@ -16,11 +16,11 @@ from maxact.config import At
 from maxact.deconv import Projector
 from maxact.field import Field
 from maxact.fields import of_taps
+from maxact.find import find
 from maxact.models import Normalised
 from maxact.patches import Cut, Windows, cut
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
-from maxact.find import find
 from support import lively
 
 

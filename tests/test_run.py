@@ -25,9 +25,9 @@ import maxact
 import tiny
 from maxact import fetch, schedule
 from maxact.errors import MaxactError, UsageError
+from maxact.find import find_taps
 from maxact.process import Interrupted, Progress
 from maxact.store import Store
-from maxact.find import find_taps
 from stores import contents, names, scan
 from support import photograph
 

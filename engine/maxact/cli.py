@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", dest="as_json", help="as JSON, with everything")
     info.set_defaults(command=commands.info)
 
+    _add_bench(subcommands)
     _add_pack(subcommands)
     demo = subcommands.add_parser("demo", help="all of it on an embedded network and embedded photographs")
     demo.add_argument("out", metavar="OUT", nargs="?", default="demo", help="the folder of the result (demo)")
@@ -126,6 +127,33 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quiet", action="store_true", help="no display, warnings only")
     demo.set_defaults(command=commands.demo)
     return parser
+
+
+def _add_bench(subcommands: Any) -> None:
+    bench = subcommands.add_parser(
+        "bench",
+        help="where the time goes on this machine, and how near its limit a scan is",
+        description="Each stage of a scan alone, in turn, and the scan itself; nothing is kept.",
+    )
+    bench.add_argument("model", metavar="MODEL", help=_MODEL)
+    bench.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
+    _add_network(bench)
+    how = bench.add_argument_group("how")
+    _add_device(how)
+    how.add_argument("--decoder", choices=("auto", "dali", "torchvision"), default="auto")
+    _add_threads(how)
+    measuring = bench.add_argument_group("measuring")
+    measuring.add_argument("--rounds", type=int, default=3, metavar="N", help="times that everything is measured (3)")
+    measuring.add_argument(
+        "--seconds", type=float, default=6.0, metavar="N", help="of each stage, at least, in all rounds together (6)"
+    )
+    measuring.add_argument(
+        "--sweep", action="store_true", help="try batches, threads and shares, and print the best command line"
+    )
+    measuring.add_argument("--json", metavar="FILE", help="write the result to FILE, too")
+    measuring.add_argument("--picture", metavar="FILE", help="write it as a picture of bars (PNG)")
+    measuring.add_argument("--quiet", action="store_true", help="no display")
+    bench.set_defaults(command=commands.bench)
 
 
 def _add_pack(subcommands: Any) -> None:
@@ -227,8 +255,7 @@ def _add_pixels(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decoder", choices=("auto", "dali", "torchvision"), default="auto")
     group.add_argument("--max-megapixels", type=float, default=200.0, metavar="N", help="larger images are bad (200)")
     group.add_argument("--skip-grey", action="store_true", help="leave out pictures without colour")
-    group.add_argument("--readers", type=int, default=16, metavar="N", help="threads that read files (16)")
-    group.add_argument("--decode-threads", type=int, metavar="N", help="threads that decode (every core)")
+    _add_threads(group)
     group.add_argument(
         "--hardware-share",
         type=float,
@@ -286,8 +313,12 @@ def _add_projection(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--quiet", action="store_true", help="no display, warnings only")
 
 
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("running")
+def _add_threads(group: Any) -> None:
+    group.add_argument("--readers", type=int, default=16, metavar="N", help="threads that read files (16)")
+    group.add_argument("--decode-threads", type=int, metavar="N", help="threads that decode (every core)")
+
+
+def _add_device(group: Any) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="fp32 on a CPU, fp16 on CUDA")
     group.add_argument(
@@ -296,8 +327,13 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="one graph of the network and its taps by torch.compile (on CUDA, and in long scans where it is faster)",
     )
     group.add_argument("--batch", type=int, metavar="N", help="images in a batch")
-    group.add_argument("--shard", type=int, metavar="N", help="images in a shard (4096)")
     group.add_argument("--threads", type=int, metavar="N", help="of the network on a CPU (every core)")
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    _add_device(group)
+    group.add_argument("--shard", type=int, metavar="N", help="images in a shard (4096)")
     group.add_argument("--overwrite", action="store_true", help="delete the store that is there and start again")
     group.add_argument("--quiet", action="store_true", help="no display, warnings only")
 

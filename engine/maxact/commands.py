@@ -209,6 +209,36 @@ def export(store: str, out: str) -> int:
     return 0
 
 
+def bench(
+    model: str,
+    images: list[str],
+    layers: list[str] | None,
+    json: str | None,
+    picture: str | None,
+    quiet: bool,
+    **settings: Any,
+) -> int:
+    """`maxact bench`."""
+    from maxact.bench import bench
+    from maxact.files import write_json
+    from maxact.progress import counting, display, print_table
+    from maxact.render.bars import write_bars
+
+    source = images[0] if len(images) == 1 else images
+    with display(quiet) as report:
+        tell = counting(report, "measuring", "stages")
+        result = bench(model, source, layers=layers or (), report=tell, native_log=True, **settings)
+    print_table(*result.rows(), title=f"{result.model}, {result.taps} taps, {result.channels:,} channels")
+    if result.points:
+        print_table(*result.tried(), title="settings tried")
+    print("\n".join(result.lines()))
+    if json:
+        write_json(Path(json), result.to_json())
+    if picture:
+        write_bars(result, Path(picture))
+    return 0
+
+
 def pack(images: list[str], out: str, quiet: bool, **settings: Any) -> int:
     """`maxact pack`."""
     from maxact.pack import pack

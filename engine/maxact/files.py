@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from maxact.errors import MaxactError
 
@@ -34,6 +36,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Puts plain values at `path`, for people too. Raises MaxactError where that cannot be done."""
+    with writing(path):
+        replace_file(path, lambda aside: aside.write_text(json.dumps(values, indent=2) + "\n"))
 
 
 def is_aside(path: Path) -> bool:

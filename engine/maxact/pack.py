@@ -27,7 +27,7 @@ from maxact.catalog import Catalog, Entry, Shard, is_dataset
 from maxact.config import RunConfig, cores
 from maxact.errors import MaxactError, UsageError
 from maxact.fetch import Unreadable
-from maxact.files import leftovers, replace_file, writing
+from maxact.files import leftovers, replace_file, write_json, writing
 from maxact.lock import hold
 from maxact.manifest import shorten
 from maxact.partial import BadImage
@@ -146,7 +146,7 @@ class _Pack:
         """Writes pack.json."""
         self._about |= changes
         with writing(self._folder / packed.PACK, _ADVICE):
-            _write_json(self._folder / packed.PACK, self._about)
+            write_json(self._folder / packed.PACK, self._about)
 
     def _count(self, archive: Shard) -> None:
         """Counts an archive as done if it is."""
@@ -311,7 +311,7 @@ def _refuse_other(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -
 def _clear(folder: Path) -> None:
     """Deletes a pack. Cut short, what is left counts for nothing: pack.json says so first."""
     if (folder / packed.PACK).exists():
-        _write_json(folder / packed.PACK, packed.BEGINNING)
+        write_json(folder / packed.PACK, packed.BEGINNING)
         archives = [path for path in folder.glob("*.tar") if path.stem.isdecimal()]
         indexes = [path for path in folder.glob(f"*.tar{packed.SUFFIX}") if path.name.partition(".")[0].isdecimal()]
         _delete([*indexes, *archives, folder / packed.ERRORS, folder / "run" / "catalog"])
@@ -320,7 +320,3 @@ def _clear(folder: Path) -> None:
 def _delete(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    replace_file(path, lambda aside: aside.write_text(json.dumps(values, indent=2) + "\n"))

@@ -33,6 +33,7 @@ class Part(Protocol):
     @property
     def touched(self) -> frozenset[int]:
         """The shards of which it holds anything."""
+
     @property
     def bad(self) -> tuple[BadImage, ...]: ...
     @property

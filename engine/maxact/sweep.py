@@ -1,0 +1,149 @@
+"""Trying settings of a scan: one after the other, each kept where the scan is faster with it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from maxact.config import Precision, cores
+from maxact.loops import Loop, as_in_a_scan, batches_in, repeated
+from maxact.preprocess import one_line
+from maxact.scan import Job
+
+_GAIN = 1.02  # how much faster another value must be to be taken
+_LEAST = 4  # batches that a setting is tried on
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What can be chosen of a scan without changing what it looks for. `threads`, of the network, are a CPU's."""
+
+    batch: int
+    threads: int
+    decode_threads: int
+    readers: int
+    precision: Precision
+    compile: bool
+    hardware_share: float = 0.65
+
+    @classmethod
+    def of(cls, job: Job) -> Setting:
+        """That of a job with resolved settings."""
+        settings, run = job.settings, job.run
+        assert settings.batch and settings.precision
+        return cls(
+            settings.batch,
+            run.threads or cores(),
+            run.decode_threads or cores(),
+            run.readers,
+            settings.precision,
+            bool(settings.compile),
+            run.hardware_share,
+        )
+
+    def apply(self, job: Job) -> Job:
+        """The job, whose catalog is not repeated, with this setting."""
+        settings = replace(job.settings, batch=self.batch, precision=self.precision, compile=self.compile)
+        run = replace(
+            job.run,
+            threads=self.threads,
+            decode_threads=self.decode_threads,
+            readers=self.readers,
+            hardware_share=self.hardware_share,
+        )
+        catalog = repeated(job.catalog, self.batch)
+        return replace(job, settings=settings.resolve(job.device), run=run, catalog=catalog)
+
+    def options(self, device: torch.device) -> list[str]:
+        """As words of a command line."""
+        words = ["--batch", str(self.batch)]
+        own = ["--threads", str(self.threads)], ["--hardware-share", str(self.hardware_share)]
+        words += own[device.type != "cpu"]
+        words += ["--decode-threads", str(self.decode_threads), "--readers", str(self.readers)]
+        return [*words, "--precision", self.precision, "--compile" if self.compile else "--no-compile"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting that was tried: images per second, or why it could not be."""
+
+    setting: Setting
+    rate: float | None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def choices(start: Setting, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """For each part of a setting the values that are tried, in this order of the parts."""
+    here = cores()
+    if device.type == "cpu":
+        values: dict[str, tuple[Any, ...]] = {
+            "batch": (8, 16, 32, 64),
+            "threads": (here // 2, here - 1, here),
+            "decode_threads": (here // 2, here, 2 * here),
+            "readers": (4, 16, 32),
+            "compile": (False, True),
+            "precision": ("fp32", "bf16"),
+        }
+    else:
+        values = {
+            "batch": (64, 128, 256, 512),
+            "hardware_share": (0.5, 0.65, 0.8, 0.95),
+            "decode_threads": (here // 2, here, 2 * here, 4 * here),
+            "readers": (16, 32, 64),
+            "compile": (False, True),
+            "precision": ("fp32", "fp16", "bf16"),
+        }
+    return {
+        name: tuple(dict.fromkeys(value for value in some if value != 0 and value != getattr(start, name)))
+        if name != "compile"
+        else (not start.compile,)
+        for name, some in values.items()
+    }
+
+
+def sweep(job: Job, seconds: float, report: Callable[[int, int], None]) -> Iterator[Point]:
+    """Tries settings around those of a job, each for so many seconds: one part after the other, with the best of the
+    parts before it. The first point is the job's own setting. What fails is a point, too.
+    """
+    best = Setting.of(job)
+    parts = choices(best, job.device)
+    total = 1 + sum(map(len, parts.values()))
+    point = _try(best, job, seconds)
+    fastest = point.rate or 0.0
+    report(1, total)
+    yield point
+    done = 1
+    for name, values in parts.items():
+        base = best
+        for value in values:
+            point = _try(replace(base, **{name: value}), job, seconds)
+            if point.rate is not None and point.rate > _GAIN * fastest:
+                best, fastest = point.setting, point.rate
+            done += 1
+            report(done, total)
+            yield point
+
+
+def _try(setting: Setting, job: Job, seconds: float) -> Point:
+    if setting.compile:
+        torch.compiler.reset()  # it compiles a function for a few shapes and networks, no more
+    try:
+        tried = setting.apply(job)
+        with as_in_a_scan(tried), closing(Loop(tried)) as loop:
+            batches = batches_in(seconds, loop(1), setting.batch, _LEAST)
+            return Point(setting, 1 / loop(batches).wall)
+    except Exception as error:  # out of memory, a compiler that gives up: whatever it is, the others are tried
+        return Point(setting, None, one_line(error))
+    finally:
+        gc.collect()
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
