@@ -4,8 +4,9 @@ F is the bare forward rate of the network on tensors in memory, D the rate of th
 memory, both with the threads, batch and precision of the scan, and with the C library's allocator set as in the
 scan. Where both share the cores the limit is 1 / (1/F + 1/D). Scan, F and D are measured in turn, several rounds;
 the ratio is the median of the rounds' ratios. The same is given in CPU seconds, which other processes on the machine
-disturb less: (F's + D's) / the scan's, per image. And once more with F in a process of its own that sets nothing: what
-a user's own script has, and what a user who knows none of that would call the limit.
+disturb less: (F's + D's) / the scan's, per image. F is given three ways: the bare network; with --compile 1 (of the
+scan, too) also compiled; and "plain", in a process of its own that sets nothing: what a user's own script has, and what
+a user who knows none of that would call the limit.
 
 A round of the scan is a stretch of one that goes on (`maxact.loops.Loop`), without beginning and end. A stretch over
 every photograph beforehand loads the kernels. `maxact bench` measures more stages of any scan; here are many networks,
@@ -18,7 +19,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -66,6 +67,12 @@ with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled={prec
     return run
 
 
+def _share(measured: Mapping[str, Sequence[Cost]], forward: str, clock: str) -> float:
+    """What the scan reaches of the limit that a forward pass and the decoder imply: the median of the rounds."""
+    rounds = zip(measured[forward], measured["decode"], measured["scan"], strict=True)
+    return median([(getattr(f, clock) + getattr(d, clock)) / getattr(s, clock) for f, d, s in rounds])
+
+
 def main() -> None:
     """Measures and reports."""
     args = arguments(
@@ -91,29 +98,29 @@ def main() -> None:
         cycled = repeated(catalog, args.batch)
         job = Job(model.network, model.preprocess, found.taps, cycled, settings, run, torch.device("cpu"))
         images = torch.rand(args.batch, 3, *model.preprocess.crop).to(memory_format=torch.channels_last)
-        forward = stages.forward(stages.bare(job, bool(args.compile)), [images], args.precision)
+        forwards = {"forward": False} | ({"compiled": True} if args.compile else {})
         with as_in_a_scan(job), closing(Loop(replace(job, network=stages.twin(job.network)))) as loop:
             loop(math.ceil(len(catalog) / args.batch))
             decode = stages.decode(job, stages.gather(job).files)
             runs: dict[str, Callable[[], Cost]] = {
-                "forward": partial(forward, args.batches // 4),
-                "decode": partial(decode, args.batches),
-                "scan": partial(loop, args.batches),
-                "plain": plain(name, args.batch, args.batches // 4, args.threads, args.precision),
+                key: partial(stages.forward(stages.bare(job, compiled), [images], args.precision), args.batches // 4)
+                for key, compiled in forwards.items()
             }
+            runs |= {"decode": partial(decode, args.batches), "scan": partial(loop, args.batches)}
+            if ":" not in name:
+                runs["plain"] = plain(name, args.batch, args.batches // 4, args.threads, args.precision)
             measured = interleaved(runs, args.rounds)
-        costs = list(zip(measured["forward"], measured["decode"], measured["scan"], strict=True))
-        ratio = median([(f.wall + d.wall) / s.wall for f, d, s in costs])
-        cpu_ratio = median([(f.cpu + d.cpu) / s.cpu for f, d, s in costs])
-        plains = [(p.wall + c[1].wall) / c[2].wall for p, c in zip(measured["plain"], costs, strict=True)]
-        p = median([cost.wall for cost in measured["plain"]])
-        f, d, s = (median([cost.wall for cost in measured[key]]) for key in ("forward", "decode", "scan"))
-        rates = 1 / f, 1 / d, 1 / (f + d), 1 / s, ratio, cpu_ratio, 1 / p, median(plains)
-        rows.append((name, args.precision, len(found.taps), *rates))
+        rates: dict[str, object] = {key: 1 / median([cost.wall for cost in costs]) for key, costs in measured.items()}
+        kinds = ("forward", "compiled", "plain")
+        shares = [_share(measured, key, "wall") if key in measured else "" for key in kinds]
+        speeds = [rates.get(key, "") for key in (*kinds, "decode", "scan")]
+        of_cpu = _share(measured, "forward", "cpu")
+        rows.append((name, args.precision, "yes" if args.compile else "no", len(found.taps), *speeds, *shares, of_cpu))
         values[name] = {key: [vars(cost) for cost in each] for key, each in measured.items()}
     columns = (
-        *("network", "precision", "taps", "forward img/s", "decode img/s", "limit img/s", "scan img/s"),
-        *("ratio", "ratio of CPU time", "plain forward img/s", "ratio to its limit"),
+        *("network", "precision", "compiled", "taps"),
+        *("forward img/s", "compiled forward", "plain forward", "decode", "scan"),
+        *("ratio", "to compiled", "to plain", "of CPU time"),
     )
     finish("scan", columns, rows, {"seconds per image": values}, args.json)
 
