@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import skimage
 import torch
 from PIL import Image
 from torch import nn
@@ -339,6 +338,8 @@ def pictures(images: str) -> tuple[Catalog, str]:
     if images:
         catalog = Catalog.build(images)
         return catalog, f"{len(catalog)} images of {images}"
+    import skimage
+
     sources = []
     for name in PHOTOGRAPHS:
         source = Path(str(skimage.__file__)).parent / "data" / name
@@ -368,7 +369,11 @@ def main() -> int:
     device = RunConfig(args.device).torch_device()
     out = args.json or ROOT / "out" / "gpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    catalog, words = pictures(args.images)
+    try:
+        catalog, words = pictures(args.images)
+    except (ImportError, MaxactError) as error:
+        print(f"gpu: no images ({error}); give --images, or install maxact[demo]", file=sys.stderr)
+        return 1
     names = args.models.split(",")
     results: dict[str, dict[str, float]] = {}
     details: dict[str, Any] = {"batch": args.batch, "images": words, "results": results}

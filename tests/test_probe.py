@@ -166,14 +166,25 @@ def test_other_peaks_are_noticed(photos: Path) -> None:
     assert _differing(job, eager, doctored(eager, max=shuffled)) == "bn1"
 
 
-def test_maps_without_peaks_are_not_compared(photos: Path) -> None:
+def test_maps_without_peaks(photos: Path) -> None:
+    """They are not compared, but both networks must have them."""
     job = job_of(several.first(), photos, batch=16)
     eager = peaks_of(job)
     for gone in (slice(0, 3), slice(None)):
         top, position = eager.max.copy(), eager.position.copy()
         top[gone], position[gone] = np.nan, -1
-        assert _differing(job, eager, doctored(eager, max=top, position=position)) is None
-        assert _differing(job, doctored(eager, max=top, position=position), eager) is None
+        without = doctored(eager, max=top, position=position)
+        assert _differing(job, without, without) is None
+        assert _differing(job, eager, without) == _differing(job, without, eager) == "bn1"
+
+
+def test_other_means_are_noticed(photos: Path) -> None:
+    job = job_of(several.first(), photos, batch=16)
+    eager = peaks_of(job)
+    for name in ("mean", "min"):
+        values = getattr(eager, name).copy()
+        values[:, 6:] += 1e3
+        assert _differing(job, eager, doctored(eager, **{name: values})) == "fc"
 
 
 class Constant(several.First):
@@ -263,14 +274,12 @@ class Gone(Dataset[Any]):
         raise OSError(errno.EIO, "gone")
 
 
-@pytest.mark.parametrize("compiles", [True, None])
-def test_storage_that_has_gone_is_the_scan_s_affair(
-    compiles: bool | None, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was asked for stays; what was not is not done untried."""
+def test_storage_that_has_gone(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is chosen untried: the scan does not begin."""
     monkeypatch.setattr(fetch._again, "sleep", lambda seconds: None)
-    job = job_of(several.first(), Gone(), compile=compiles, batch=32)
-    assert probe(job).settings.compile is bool(compiles)
+    job = job_of(several.first(), Gone(), batch=32)
+    with pytest.raises(fetch.Unreadable):
+        probe(job)
 
 
 # Memory that does not suffice later

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from maxact.decoder import Decoded, Settings
-from maxact.errors import MaxactError
+from maxact.errors import MaxactError, OutOfMemory
 from maxact.pictures import Refused, line, open_picture
 from maxact.preprocess import Placement
 
@@ -288,4 +288,5 @@ def _raise_if_fatal(error: Exception) -> None:
     meaning = _meaning(error)
     if re.search(r"\bcuda|out of memory|bad_alloc|failed to allocate|\bnvml", meaning, re.IGNORECASE):
         advice = "try a smaller batch, or the decoder torchvision"
-        raise MaxactError(f"decoder: dali failed ({meaning}); {advice}") from error
+        memory = re.search(r"out of memory|bad_alloc|failed to allocate", meaning, re.IGNORECASE)
+        raise (OutOfMemory if memory else MaxactError)(f"decoder: dali failed ({meaning}); {advice}") from error

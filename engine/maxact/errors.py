@@ -11,3 +11,7 @@ class UsageError(MaxactError):
     """A setting or an argument that cannot be meant as it stands."""
 
     exit_code = 2
+
+
+class OutOfMemory(MaxactError):
+    """A batch did not fit into the memory of the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,3 +50,10 @@ def kept_memory() -> Iterator[None]:
         libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
         libc.mallopt(_M_TRIM_THRESHOLD, 128 << 10)
         libc.malloc_trim(0)
+
+
+def give_back() -> None:
+    """Gives unused memory of the devices back to them, for others than torch, too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

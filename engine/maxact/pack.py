@@ -31,7 +31,7 @@ from maxact.files import leftovers, replace_file, write_json, writing
 from maxact.lock import hold
 from maxact.manifest import shorten
 from maxact.partial import BadImage
-from maxact.process import Interrupted, Progress, log_file, signals
+from maxact.process import Interrupted, Progress, listing, log_file, signals
 from maxact.provenance import describe_source, versions
 from maxact.repack import Archive, PackConfig, Packers, Stopped
 from maxact.schedule import Patience
@@ -86,7 +86,7 @@ def pack(
     _check_place(folder)
     catalog = None
     if overwrite or not _saved(folder):
-        catalog = Catalog.build(images, where=labels, sample=sample, seed=seed, limit=limit)
+        catalog = Catalog.build(images, where=labels, sample=sample, seed=seed, limit=limit, report=listing(report))
         _refuse_inside(catalog, folder)
     with hold(folder), log_file(folder / "run" / "log", native_log):
         return _Pack(folder, images, selection, catalog, config, run, report).run()
@@ -151,7 +151,10 @@ class _Pack:
     def _count(self, archive: Shard) -> None:
         """Counts an archive as done if it is."""
         path = self._path(archive)
-        index = packed.load_index(os.fsencode(path))
+        try:
+            index = packed.load_index(os.fsencode(path))
+        except MaxactError:  # damaged: made again, as one that is missing
+            return
         if index is not None and len(index) == archive.stop - archive.start:
             self._sizes[archive.index] = path.stat().st_size
             for row in index.filter(pc.is_valid(index["error"])).to_pylist():

@@ -149,13 +149,13 @@ def describe(catalog: pa.Table) -> list[dict[str, Any]]:
     folders = sorted({os.path.dirname(path) for path in archives(catalog)})
     found = ((folder, read_pack(folder)) for folder in folders)
     parts = ("settings", "images", "versions")
-    return [{"folder": show(folder)} | {part: about[part] for part in parts} for folder, about in found if about]
+    return [{"folder": show(folder)} | {part: about.get(part) for part in parts} for folder, about in found if about]
 
 
 def archives(catalog: pa.Table) -> list[bytes]:
     """The tar archives that a catalog's images are in."""
-    members = catalog.filter(pc.and_(pc.greater(catalog["offset"], 0), pc.greater_equal(catalog["length"], 0)))
-    paths: list[bytes] = members["source"].unique().to_pylist()
+    members = pc.and_(pc.greater(catalog["offset"], 0), pc.greater_equal(catalog["length"], 0))
+    paths: list[bytes] = catalog["source"].filter(members).unique().to_pylist()
     return paths
 
 

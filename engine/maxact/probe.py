@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from maxact.catalog import Shard
 from maxact.config import ScanConfig
-from maxact.fetch import Unreadable
+from maxact.errors import OutOfMemory
+from maxact.numerics import give_back
 from maxact.scan import Job, running
 from maxact.tap import columns
-from maxact.taps import CannotCompile, OutOfMemory
+from maxact.taps import CannotCompile
 from maxact_kernels.peaks import Peaks
 
 log = logging.getLogger("maxact")
 _TIMES = 3  # batches that are timed
+_UNFIT = 0.01  # largest share of maps that may hold NaN or infinity in one of them only
 _AGREE = 0.5  # least share of peaks whose position must be the same in the compiled network
 _NEAR = 0.1  # largest usual difference of a peak in the compiled network, in standard deviations of its tap
 
@@ -42,23 +46,20 @@ def probe(job: Job) -> Job:
     a network that overflows in float16 gets bfloat16. A network is compiled where torch.compile takes it as one graph
     that gives the same peaks; on a CPU, unless it is asked for, only if that is faster. Each choice is logged.
 
-    Raises OutOfMemory where a batch that was asked for, or one image, does not fit; CannotCompile where compiling
-    was asked for and cannot be.
+    Raises Unreadable where the first images cannot be read, OutOfMemory where a batch that was asked for, or one image,
+    does not fit; CannotCompile where compiling was asked for and cannot be.
     """
     asked = job.settings
     settings = asked.resolve(job.device, len(job.catalog))
     if job.device.type == "cpu" and not settings.compile:
         return replace(job, settings=settings)
-    try:
-        settings, trial = _fitting(job, asked, replace(settings, compile=False))
-        if settings.precision == "fp16" and asked.precision is None and (tap := _overflowing(job, trial)):
-            log.warning("%s overflows in fp16: bf16 instead", tap)
-            settings = replace(settings, precision="bf16")
-            settings, trial = _fitting(job, asked, settings)
-        if asked.resolve(job.device, len(job.catalog)).compile:
-            settings = _compiled(job, asked, settings, trial)
-    except Unreadable:  # the scan itself will say so, and wait
-        settings = replace(settings, compile=bool(asked.compile))
+    compiles = settings.compile
+    settings, trial = _fitting(job, asked, replace(settings, compile=False))
+    if settings.precision == "fp16" and asked.precision is None and (tap := _overflowing(job, trial)):
+        log.warning("%s overflows in fp16: bf16 instead", tap)
+        settings, trial = _fitting(job, asked, replace(settings, precision="bf16"))
+    if compiles:
+        settings = _compiled(job, asked, settings, trial)
     return replace(job, settings=settings)
 
 
@@ -67,12 +68,31 @@ def _fitting(job: Job, asked: ScanConfig, settings: ScanConfig) -> tuple[ScanCon
     while True:
         try:
             return settings, _try(job, settings)
-        except OutOfMemory:
+        except (OutOfMemory, torch.OutOfMemoryError):
             if asked.batch is not None or settings.batch == 1:
                 raise
-            half = (settings.batch or 2) // 2
-            log.warning("out of memory with batches of %d: %d instead", settings.batch, half)
-            settings = replace(settings, batch=half, shard=asked.shard).resolve(job.device, len(job.catalog))
+        half = (settings.batch or 2) // 2
+        log.warning("out of memory with batches of %d: %d instead", settings.batch, half)
+        settings = replace(settings, batch=half, shard=asked.shard).resolve(job.device, len(job.catalog))
+
+
+def fitting_together(jobs: Sequence[Job], batch: int, asked: bool) -> int:
+    """The largest batch with which all networks fit into the memory at once: `batch`, or unless that was `asked` for
+    its half, and so on. Raises OutOfMemory where none does."""
+    while True:
+        each = [replace(job, settings=replace(job.settings, batch=batch)) for job in jobs]
+        try:
+            give_back()
+            with running(each, iter([Shard(0, 0, min(batch, len(jobs[0].catalog)))])) as (loaded, networks):
+                batches = next(loaded)
+                for decoding, taps in networks:
+                    taps(batches[decoding].images).result()
+            return batch
+        except (OutOfMemory, torch.OutOfMemoryError):
+            if asked or batch == 1:
+                raise
+        log.warning("out of memory with batches of %d for all networks together: %d instead", batch, batch // 2)
+        batch //= 2
 
 
 def _overflowing(job: Job, trial: _Trial) -> str | None:
@@ -109,11 +129,14 @@ def _differing(job: Job, eager: Peaks, compiled: Peaks) -> str | None:
     for tap, start, stop in columns(job.taps):
         mine, theirs = eager.columns(start, stop), compiled.columns(start, stop)
         finite: NDArray[np.bool_] = np.isfinite(mine.max) & np.isfinite(theirs.max)
+        if (np.isfinite(mine.max) ^ np.isfinite(theirs.max)).mean() > _UNFIT:
+            return tap.name
         if not finite.any():
             continue
-        difference = np.median(np.abs(mine.max - theirs.max)[finite])
-        if difference > _NEAR * np.std(mine.max[finite]) + 1e-6 * np.abs(mine.max[finite]).max():
-            return tap.name
+        for name in ("max", "min", "mean"):
+            one, other = getattr(mine, name)[finite], getattr(theirs, name)[finite]
+            if np.median(np.abs(one - other)) > _NEAR * np.std(one) + 1e-6 * np.abs(one).max():
+                return tap.name
         if (mine.position == theirs.position)[finite].mean() < _AGREE:
             return tap.name
     return None
@@ -122,6 +145,7 @@ def _differing(job: Job, eager: Peaks, compiled: Peaks) -> str | None:
 def _try(job: Job, settings: ScanConfig) -> _Trial:
     assert settings.batch
     first = Shard(0, 0, min(settings.batch, len(job.catalog)))
+    give_back()  # what a trial before this one still holds, DALI could not have
     with running([replace(job, settings=settings)], iter([first])) as (loaded, networks):
         ((batch,), (_, taps)) = next(loaded), networks[0]
         peaks = taps(batch.images).result()  # compiled by this

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,12 @@ class Progress:
     seconds: float = 0.0
     stage: str = "scanning"
     unit: str = "images"
+
+
+def listing(report: Callable[[Progress], None]) -> Callable[[int], None]:
+    """What tells `report` how many images have been found, while nobody knows how many there are."""
+    begun = time.monotonic()
+    return lambda count: report(Progress(0, 0, count, seconds=time.monotonic() - begun, stage="listing"))
 
 
 @contextmanager

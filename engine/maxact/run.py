@@ -23,7 +23,7 @@ from maxact.fields import of_taps
 from maxact.find import find_taps
 from maxact.models import load_model
 from maxact.partial import Partial
-from maxact.process import Interrupted, Progress, log_file, signals
+from maxact.process import Interrupted, Progress, listing, log_file, signals
 from maxact.scan import Counting, Job, Tick
 from maxact.scan import scan as scan_shards
 from maxact.schedule import Schedule
@@ -188,13 +188,8 @@ def _scan(
         found = find_taps(model, wanted.layers, wanted.at)
         starts.append(Start(path, model, found, replace(wanted, decoder=cast(DecoderName, decoder))))
     catalog = None
-    if run.overwrite or not all(Store.exists(path) for path in paths):
-        begun = time.monotonic()
-
-        def found_so_far(count: int) -> None:
-            report(Progress(0, 0, count, seconds=time.monotonic() - begun, stage="listing"))
-
-        catalog = source.catalog(found_so_far)
+    if run.overwrite or not any(Store.exists(path) for path in paths):
+        catalog = source.catalog(listing(report))
     with ExitStack() as resources:
         for path in paths:
             resources.enter_context(Store.lock(path))
@@ -225,7 +220,7 @@ def _run(opened: Sequence[tuple[Store, Job]], run: RunConfig, report: Callable[[
     book, catalog = Stores(stores), jobs[0].catalog
     schedule = Schedule[Parts](book, retry_errors=run.retry_errors, allowed_bad=run.allowed_bad(len(catalog)))
     done = [
-        part.shards - (part.held.keys() if run.retry_errors else set()) if part else set() for part in book.state().each
+        part.shards - (part.held.keys() if run.retry_errors else set()) if part else set() for part in book.begun.each
     ]
     for store in stores:
         if store.manifest.finished:

@@ -28,6 +28,7 @@ from torch import nn
 from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import Decoder, make_decoder
+from maxact.errors import OutOfMemory
 from maxact.fetch import Unreadable
 from maxact.loader import Batch, load
 from maxact.models import Normalised
@@ -35,7 +36,7 @@ from maxact.numerics import kept_memory, numerics
 from maxact.partial import BadImage, Tally
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
-from maxact.taps import OutOfMemory, Pending, Taps
+from maxact.taps import Pending, Taps
 from maxact_kernels.peaks import Peaks
 
 P = TypeVar("P")
@@ -120,6 +121,9 @@ def scan(
                 asked = time.perf_counter()
         except (Unreadable, OutOfMemory) as error:
             failure = error
+        except torch.OutOfMemoryError as error:  # outside of the network: pixels, or the peaks' way out
+            failure = OutOfMemory(f"out of memory with batches of {jobs[0].settings.batch}")
+            failure.__cause__ = error
         yield from counter.rest()
     if failure:
         raise failure
@@ -137,9 +141,8 @@ def running(
     threads = run.threads or cores()
     ways = list(dict.fromkeys(job.pixels for job in jobs))
     with ExitStack() as resources:
-        decoders = [
-            resources.enter_context(closing(_decoder(next(job for job in jobs if job.pixels == way)))) for way in ways
-        ]
+        firsts = [next(job for job in jobs if job.pixels == way) for way in ways]
+        decoders = [resources.enter_context(closing(decoder_of(job, job.device))) for job in firsts]
         resources.enter_context(numerics(threads))
         resources.enter_context(kept_memory())
         loaded = load(
@@ -160,7 +163,8 @@ def running(
         yield loaded, networks
 
 
-def _decoder(job: Job) -> Decoder:
+def decoder_of(job: Job, device: torch.device) -> Decoder:
+    """What decodes a job's images, onto a device."""
     settings, run = job.settings, job.run
     assert settings.batch
     return make_decoder(
@@ -168,7 +172,7 @@ def _decoder(job: Job) -> Decoder:
         job.preprocess,
         batch=settings.batch,
         threads=run.decode_threads or cores(),
-        device=job.device,
+        device=device,
         max_pixels=int(settings.max_megapixels * 1e6),
         pictures=job.catalog.dataset is not None,
         hardware_share=run.hardware_share,
@@ -216,7 +220,7 @@ class _Counter(Generic[P]):
 
     def close(self) -> None:
         """The shard in hand is through."""
-        self._closed.append(self._thread.submit(_close, self._shards))
+        self._closed.append(self._thread.submit(_close, self._shards, tuple(self._counting)))
         self._shards = []
 
     def finished(self) -> Iterator[tuple[P | None, ...]]:
@@ -236,5 +240,7 @@ def _count(counting: Counting[P], peaks: Pending, numbers: NDArray[np.int64]) ->
     counting.add(peaks.result(), numbers)  # on a GPU, the one place where the host waits for the device
 
 
-def _close(shards: Sequence[_Shard[P] | None]) -> tuple[P | None, ...]:
+def _close(shards: Sequence[_Shard[P] | None], counting: Sequence[Future[None]]) -> tuple[P | None, ...]:
+    for counted in counting:  # done by this very thread: a batch that failed must not be missing without a word
+        counted.result()
     return tuple(None if shard is None else shard.counting.close(shard.bad, shard.grey) for shard in shards)

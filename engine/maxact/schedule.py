@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Generic, Protocol, Self, TypeVar
 
-import torch
-
 from maxact.catalog import Catalog, Shard
-from maxact.errors import MaxactError
+from maxact.errors import MaxactError, OutOfMemory
 from maxact.fetch import Unreadable
+from maxact.numerics import give_back
 from maxact.partial import BadImage
 from maxact.scan import Tick
-from maxact.taps import OutOfMemory
 
 COMMIT_SECONDS = 30.0  # between two commits, at least
 PAUSES = (5.0, 30.0, 120.0)  # seconds to wait for storage that has gone, growing; then the run stops
@@ -83,13 +80,6 @@ class Patience:
         log.warning("%s (trying again in %.0f s)", error, pause)
         commit()
         self._stop.wait(pause)
-
-
-def _give_back() -> None:
-    """Gives unused memory of the devices back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class Schedule(Generic[P]):
@@ -175,7 +165,7 @@ class Schedule(Generic[P]):
                     log.warning("%s: starting again at shard %d", error, self.left[0].index)
                     self.commit()
                 if len(self.left) == short:  # not earlier: the error's traceback held the memory
-                    _give_back()
+                    give_back()
         finally:
             self.commit()
         if self._failure:

@@ -24,7 +24,7 @@ from torch import nn
 
 from maxact.catalog import Catalog, Entry, Shard
 from maxact.config import Precision, cores
-from maxact.decode import choose_decoder, make_decoder
+from maxact.decode import choose_decoder
 from maxact.errors import MaxactError
 from maxact.fetch import failure
 from maxact.fields import of_taps
@@ -34,9 +34,9 @@ from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
 from maxact.preprocess import one_line
 from maxact.provenance import versions
-from maxact.scan import Job
+from maxact.scan import Job, decoder_of
 from maxact.store import Store
-from maxact.taps import DTYPES, Pending, Taps
+from maxact.taps import DTYPES, Pending, Taps, compile_for
 from maxact_kernels.peaks import Peaks
 
 WARM_UP = 1  # batches of a stage that do not count, after other stages have run
@@ -78,7 +78,7 @@ def gather(job: Job) -> Sample:
     count = max(1, len(files) // batch)
     batches = tuple([*islice(cycle(files), index * batch, (index + 1) * batch)] for index in range(count))
     images = []
-    with closing(_decoder(job, job.device)) as decoder:
+    with closing(decoder_of(job, job.device)) as decoder:
         for part in batches if files else ():
             decoder.submit(part)
             decoded = decoder.collect()
@@ -122,7 +122,7 @@ def decode(job: Job, files: Sequence[list[object]]) -> Measure:
 
     def run(batches: int) -> Cost:
         source = cycle(files)
-        with closing(_decoder(job, device)) as decoder:
+        with closing(decoder_of(job, device)) as decoder:
             for _ in range(WARM_UP):
                 decoder.submit(next(source))
                 decoder.collect()
@@ -300,8 +300,7 @@ def bare(job: Job, compiled: bool = False) -> Callable[[torch.Tensor], Any]:
     network = _normalised(job)
     if not compiled:
         return network
-    options: dict[str, Any] = {"freezing": True} if job.device.type == "cpu" else {}  # as in taps.py
-    made: Callable[[torch.Tensor], Any] = torch.compile(network, fullgraph=True, dynamic=False, options=options)
+    made: Callable[[torch.Tensor], Any] = compile_for(network, job.device)
     return made
 
 
@@ -318,19 +317,6 @@ def _normalised(job: Job) -> Normalised:
     network = Normalised(twin(job.network), job.preprocess)
     network.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
-
-
-def _decoder(job: Job, device: torch.device) -> Any:
-    settings = job.settings
-    return make_decoder(
-        settings.decoder,
-        job.preprocess,
-        batch=_batch(job),
-        threads=job.run.decode_threads or cores(),
-        device=device,
-        max_pixels=int(settings.max_megapixels * 1e6),
-        pictures=job.catalog.dataset is not None,
-    )
 
 
 def _batch(job: Job) -> int:

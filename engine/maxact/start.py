@@ -17,7 +17,7 @@ from maxact.errors import MaxactError
 from maxact.find import Found
 from maxact.manifest import Manifest
 from maxact.models import Model
-from maxact.probe import probe
+from maxact.probe import fitting_together, probe
 from maxact.provenance import describe_source, versions
 from maxact.scan import Job
 from maxact.store import Store
@@ -42,17 +42,16 @@ class Source:
             self.images, where=self.where, sample=self.sample, seed=self.seed, limit=self.limit, report=report
         )
 
-    def describe(self, catalog: Catalog) -> dict[str, Any]:
-        """What a store says of them, and of the packs that they lie in."""
-        packs = packed.describe(catalog.table)
+    def describe(self, count: int, packs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What a store says of them, and of the packs that they lie in (`packed.describe`)."""
         return {
             "source": describe_source(self.images),
             "where": list(self.where),
             "sample": self.sample,
             "seed": self.seed if self.sample is not None else 0,
             "limit": self.limit,
-            "count": len(catalog),
-            **({"packed": packs} if packs else {}),
+            "count": count,
+            **({"packed": list(packs)} if packs else {}),
         }
 
 
@@ -92,7 +91,8 @@ def start(
             saved = store.manifest.settings
             kept = {name: saved[name] for name in _CHOSEN if getattr(each.settings, name) is None}
             settings = replace(each.settings, **kept).resolve(device, len(catalog))
-            _check_same(store, _manifest(each, source, catalog, settings, device))
+            images = source.describe(len(catalog), store.manifest.images.get("packed", ()))
+            _check_same(store, _manifest(each, images, settings, device))
             opened[each.path] = store, _job(each, catalog, settings, run, device)
     fresh = [each for each in starts if each.path not in there]
     jobs = {}
@@ -101,13 +101,18 @@ def start(
         jobs[each.path] = probe(_job(each, catalog, wanted, run, device))
     if fresh:
         smallest = min(job.settings.batch or 0 for job in jobs.values())
+        if device.type == "cuda" and len(starts) > 1:
+            several = [*(job for _, job in opened.values()), *jobs.values()]
+            fixed = bool(shared) or any(each.settings.batch is not None for each in fresh)
+            smallest = fitting_together(several, smallest, fixed)
+        images = source.describe(len(catalog), packed.describe(catalog.table))
         for each in fresh:
             job = jobs[each.path]
             settings = replace(job.settings, batch=smallest, shard=each.settings.shard or shared.get("shard"))
             settings = settings.resolve(device, len(catalog))
             if Store.exists(each.path):
                 Store.remove(each.path)
-            manifest = _manifest(each, source, catalog, settings, device)
+            manifest = _manifest(each, images, settings, device)
             store = Store.create(each.path, manifest, catalog)
             _log_start(manifest, each.found, device)
             opened[each.path] = store, replace(job, settings=settings)
@@ -122,11 +127,11 @@ def _job(each: Start, catalog: Catalog, settings: ScanConfig, run: RunConfig, de
     return Job(each.model.network, each.model.preprocess, each.found.taps, catalog, settings, run, device)
 
 
-def _manifest(each: Start, source: Source, catalog: Catalog, settings: ScanConfig, device: torch.device) -> Manifest:
+def _manifest(each: Start, images: dict[str, Any], settings: ScanConfig, device: torch.device) -> Manifest:
     return Manifest(
         model={"name": each.model.name, "weights": each.model.weights, "sha256": each.model.sha256},
         preprocessing=each.model.preprocess.to_json(),
-        images=source.describe(catalog),
+        images=images,
         settings=settings.to_json(),
         taps=each.found.taps,
         versions=versions(device),

@@ -100,7 +100,8 @@ def choices(start: Setting, device: torch.device) -> dict[str, tuple[Any, ...]]:
             "decode_threads": (here // 2, here, 2 * here, 4 * here),
             "readers": (16, 32, 64),
             "compile": (False, True),
-            "precision": ("fp32", "fp16", "bf16"),
+            # where bf16 was chosen, fp16 overflows
+            "precision": ("fp32", "bf16") if start.precision == "bf16" else ("fp32", "fp16", "bf16"),
         }
     return {
         name: tuple(dict.fromkeys(value for value in some if value != 0 and value != getattr(start, name)))

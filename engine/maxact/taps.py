@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from maxact.config import Precision
-from maxact.errors import MaxactError
+from maxact.errors import MaxactError, OutOfMemory
 from maxact.models import Normalised
 from maxact.preprocess import one_line
 from maxact.tap import Tap
@@ -23,10 +23,6 @@ from maxact_kernels.peaks import Peaks
 
 _GRAPHS = 1 << 20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class OutOfMemory(MaxactError):
-    """A batch did not fit into the device's memory."""
 
 
 class CannotCompile(MaxactError):
@@ -77,11 +73,13 @@ class Taps:
         self._resources.enter_context(self._tapped)
         self._resources.enter_context(reduction.threads(self._threads))
         self._side: torch.cuda.Stream | None = None
+        self._ran = False
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._tapped
         if self._compiled:  # after the hooks are there: later ones would not be in the graph
             # every network is one more graph of the same code, of which there may be any number
             self._resources.enter_context(torch._dynamo.config.patch(recompile_limit=_GRAPHS))
-            self._run = torch.compile(self._tapped, fullgraph=True, dynamic=False, options=_options(self._tapped))
+            device = next(self._tapped.buffers()).device
+            self._run = compile_for(self._tapped, device)
         return self
 
     def __exit__(
@@ -106,9 +104,10 @@ class Taps:
             except Exception as error:  # torch.compile's errors have no common base
                 if "DefaultCPUAllocator" in str(error):
                     raise OutOfMemory(f"out of memory with batches of {len(images)}") from error
-                if self._compiled and not isinstance(error, MaxactError):
+                if self._compiled and not self._ran and not isinstance(error, MaxactError):
                     raise CannotCompile(f"torch.compile cannot take this network ({one_line(error)})") from error
                 raise
+        self._ran = True
         return self._leave(peaks) if peaks.is_cuda else Pending(Peaks.of(peaks))
 
     def _leave(self, peaks: torch.Tensor) -> Pending:
@@ -171,7 +170,8 @@ class _Tapped(nn.Module):
         return record
 
 
-def _options(tapped: nn.Module) -> dict[str, Any]:
-    """For torch.compile. On a CPU the weights become constants of the graph, which is most of what it gains."""
-    on_cpu = all(buffer.device.type == "cpu" for buffer in tapped.buffers())
-    return {"freezing": True} if on_cpu else {}
+def compile_for(network: nn.Module, device: torch.device) -> Any:
+    """A network as one graph of torch.compile, for batches of one size. On a CPU Inductor may treat weights as
+    constants, and take normalisations into the convolutions before them."""
+    options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
+    return torch.compile(network, fullgraph=True, dynamic=False, options=options)

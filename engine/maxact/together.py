@@ -79,9 +79,14 @@ class Stores:
         """Images in a shard."""
         return self._stores[0].shard
 
-    def state(self) -> Parts:
-        """What the last commits wrote."""
+    @cached_property
+    def begun(self) -> Parts:
+        """What was committed when this was first asked."""
         return Parts(tuple(store.state() for store in self._stores))
+
+    def state(self) -> Parts:
+        """What a run goes on with: see `begun`."""
+        return self.begun
 
     def commit(self, parts: Parts) -> None:
         """Makes the parts survive anything, one after the other."""
