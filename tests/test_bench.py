@@ -215,6 +215,7 @@ def made(walls: dict[str, float], waiting: float = 0.0, cuda: bool = False, **se
     network = "compiled forward" if compiled else "forward"
     beside = tuple(name for name in ("read", "decode", "copy", network) if name in walls)
     chosen = {"batch": 32, "threads": 2, "decode_threads": 2, "readers": 16, "precision": "fp32", "compile": compiled}
+    chosen |= {"hardware_share": 0.65}
     return Bench(
         *("net", "none", 100, 3, 64),
         chosen | {"decoder": "dali", "device": "cuda" if cuda else "cpu"} | settings,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from maxact.errors import MaxactError, UsageError
 
 if TYPE_CHECKING:
+    from maxact.bench import bench
     from maxact.catalog import Catalog
     from maxact.export import export
     from maxact.fields import fields
@@ -40,6 +41,7 @@ __all__ = [
     "TapResults",
     "UsageError",
     "Winners",
+    "bench",
     "export",
     "fields",
     "open",
@@ -56,6 +58,7 @@ _HOMES = {
     "Store": "store",
     "TapResults": "results",
     "Winners": "winners",
+    "bench": "bench",
     "export": "export",
     "fields": "fields",
     "pack": "pack",

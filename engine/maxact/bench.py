@@ -58,6 +58,7 @@ def bench(
     threads: int | None = None,
     readers: int = 16,
     decode_threads: int | None = None,
+    hardware_share: float = 0.65,
     rounds: int = 3,
     seconds: float = 6.0,
     sweep: bool = False,
@@ -87,7 +88,8 @@ def bench(
     loading = ("weights", "resize", "crop", "mean", "std", "interpolation", "fit", "preprocess")
     paths = (layers,) if isinstance(layers, str) else tuple(layers)
     wanted = ScanConfig(layers=paths, at=at, precision=precision, batch=batch, compile=compile)
-    run = RunConfig(device, threads=threads, readers=readers, decode_threads=decode_threads)
+    counts: dict[str, Any] = {name: given[name] for name in ("threads", "readers", "decode_threads", "hardware_share")}
+    run = RunConfig(device, **counts)
     where = run.torch_device()
     model = load_model(network, **{name: given[name] for name in loading})
     settings = replace(wanted, decoder=cast(DecoderName, choose_decoder(decoder, model.preprocess, is_dataset(images))))

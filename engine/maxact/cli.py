@@ -256,13 +256,6 @@ def _add_pixels(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-megapixels", type=float, default=200.0, metavar="N", help="larger images are bad (200)")
     group.add_argument("--skip-grey", action="store_true", help="leave out pictures without colour")
     _add_threads(group)
-    group.add_argument(
-        "--hardware-share",
-        type=float,
-        default=0.65,
-        metavar="F",
-        help="of the JPEGs that a GPU's decoding hardware takes, where it has some (0.65)",
-    )
     group.add_argument("--max-bad", type=int, metavar="N", help="bad images to bear (1 %% of all, but at least 10)")
     group.add_argument("--retry-errors", action="store_true", help="scan the shards of recorded errors again")
 
@@ -316,6 +309,13 @@ def _add_projection(parser: argparse.ArgumentParser) -> None:
 def _add_threads(group: Any) -> None:
     group.add_argument("--readers", type=int, default=16, metavar="N", help="threads that read files (16)")
     group.add_argument("--decode-threads", type=int, metavar="N", help="threads that decode (every core)")
+    group.add_argument(
+        "--hardware-share",
+        type=float,
+        default=0.65,
+        metavar="F",
+        help="of the JPEGs that a GPU's decoding hardware takes, where it has some (0.65)",
+    )
 
 
 def _add_device(group: Any) -> None:
