@@ -6,7 +6,9 @@ scheduler gives it, and never run. So this counts kernels and the bytes that the
 writes; it measures no time.
 
 A tap is "shared" where its reductions lie in a kernel that the network has anyway, the one that makes its map or one
-that reads it: then the map is not read again. It is "again" where they have a kernel of their own that reads it.
+that reads it: then the map is not read again. It is "again" where a kernel of their own reads it. (One that only joins
+the partial results of a map's rows does not.) Linear layers on vectors have one position and nothing to reduce, so they
+are neither. Whatever else the taps cost shows in the bytes.
 """
 
 from __future__ import annotations
@@ -165,8 +167,10 @@ def pretended(found: list[Generated]) -> Iterator[None]:
         stack.enter_context(mock.patch.object(GraphLowering, "compile_to_module", keep))
         for name, function in instead.items():
             stack.enter_context(mock.patch(name, function))
-        # it would compute constants on the device
-        stack.enter_context(torch._inductor.config.patch(joint_graph_constant_folding=False, fx_graph_cache=False))
+        # these would compute constants on the device, and measure there whether to pad a matrix
+        stack.enter_context(
+            torch._inductor.config.patch(joint_graph_constant_folding=False, shape_padding=False, fx_graph_cache=False)
+        )
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         yield
 

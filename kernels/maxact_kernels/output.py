@@ -1,7 +1,7 @@
 """The peaks of a layer's output, on the device where it is: one operation for every kind of output and device.
 
 On the CPU it runs the numba kernels of `peaks`, as an operator of torch's, so that `torch.compile` takes it into a
-graph as it is. On CUDA inside a graph that is being compiled it is the plain torch of `peaks.reference`, which
+graph as it is. On CUDA inside a graph that is being compiled it is the plain torch of `peaks.fused`, which
 Inductor fuses into the kernels that make the maps; in eager mode the Triton kernel of `peaks_cuda`.
 """
 
@@ -52,8 +52,13 @@ def peaks(output: torch.Tensor, axis: int) -> torch.Tensor:
         numbers = torch.empty((6, len(output), output.shape[axis]), device=output.device)
         peaks_cuda.peaks(maps, last, numbers)
         return numbers
-    maps = output.movedim(axis, 1).flatten(2) if output.ndim > 2 else output.unsqueeze(2)
-    return torch.stack([numbers.view(torch.float32) for numbers in kernel.reference(maps)])
+    maps = output.movedim(axis, 1) if output.ndim > 2 else output.unsqueeze(2)
+    form = kernel.fused if torch.compiler.is_compiling() else _reference
+    return torch.stack([numbers.view(torch.float32) for numbers in form(maps)])
+
+
+def _reference(maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return kernel.reference(maps.flatten(2))
 
 
 @cache

@@ -8,6 +8,8 @@ position -1 and no active positions.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -81,6 +83,53 @@ def reference(maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
         torch.where(finite, maps.mean(-1), nan),
         torch.where(finite, square, nan),
         torch.where(finite, (maps > 0).sum(-1), 0).int(),
+    )
+
+
+# Fewer maps than this `fused` reduces row by row first. Inductor would split each of them among programs, to keep the
+# device busy (below 64 times the number of multiprocessors, 8,448 on an H200), and what it splits it does not fuse.
+_FEW = 10_000
+
+
+def fused(maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`reference` for maps [N, C, ...], in the form that torch.compile fuses on CUDA into the kernel that makes them.
+
+    bench/fusion.py shows it. Three things would make a second kernel that reads the maps again: to flatten the
+    positions, argmax (which Inductor does not split as it does the others), and few maps. So the positions keep
+    their axes, and a value and its place are one integer, whose maximum is the highest value at its lowest place.
+    """
+    count = math.prod(maps.shape[2:])
+    maps = maps if maps.element_size() == 2 else maps.float()
+    half = 8 * maps.element_size()
+    integer = torch.int16 if half == 16 else torch.int32
+    sign = -1 << (half - 1)
+    bits = maps.view(integer).int()
+    # integers in the order of the values: 0 and -0 are equal, NaN is beyond infinity, on the side of its sign
+    order = torch.where(bits < 0, -(bits & ~sign), bits)
+    wide = half == 32 or count > 1 << 16
+    shift = 32 if wide else 16
+    behind = (1 << shift) - 1 - torch.arange(count, device=maps.device).view(maps.shape[2:])  # of the lowest most
+    key = order.long() << shift | behind if wide else order << shift | behind.int()
+    values = maps.float()
+    rows = maps.ndim == 4 and maps.shape[0] * maps.shape[1] < _FEW
+
+    def over(x: torch.Tensor, reduce: Callable[..., torch.Tensor], **options: Any) -> torch.Tensor:
+        x = reduce(x, dim=-1, **options) if rows else x
+        return reduce(x, dim=tuple(range(2, x.ndim)), **options)
+
+    def value(order: torch.Tensor) -> torch.Tensor:
+        return torch.where(order < 0, -order | sign, order).to(integer).view(maps.dtype).float()
+
+    best = over(key, torch.amax)
+    top, low = value((best >> shift).int()), value(over(order, torch.amin))
+    finite = torch.isfinite(top) & torch.isfinite(low)
+    return (
+        torch.where(finite, top, torch.nan),
+        torch.where(finite, ((1 << shift) - 1 - (best & (1 << shift) - 1)).int(), -1),
+        torch.where(finite, low, torch.nan),
+        torch.where(finite, over(values, torch.sum) / count, torch.nan),
+        torch.where(finite, over(values * values, torch.sum) / count, torch.nan),
+        torch.where(finite, over(order > 0, torch.sum, dtype=torch.int32), 0),
     )
 
 
