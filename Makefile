@@ -50,6 +50,9 @@ bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
 	$(PYTHON) bench/pack.py --images "$(IMAGES)"
 	$(PYTHON) bench/peaks.py
 	$(PYTHON) bench/fields.py
+	$(PYTHON) bench/fusion.py
+	$(PYTHON) bench/together.py --images "$(IMAGES)"
+	$(PYTHON) bench/scale.py
 	$(PYTHON) bench/memory.py --images "$(IMAGES)"
 	$(PYTHON) bench/catalog.py
 	$(PYTHON) bench/start.py
