@@ -16,12 +16,13 @@ import torchvision
 from hypothesis import given, settings
 from torch import nn
 
-from maxact import demo, taps
+from maxact import demo
 from maxact.errors import MaxactError
 from maxact.field import Field, Intervals
 from maxact.fields import fields, of_taps
 from maxact.fields.flow import Flow
 from maxact.fields.influence import hulls, influence
+from maxact.find import find
 from maxact.models import Normalised
 from maxact.preprocess import Preprocess
 from maxact.tap import Tap
@@ -198,7 +199,7 @@ def test_published_sizes(name: str, place: str, size: int) -> None:
     own: 11 + 3 * 8 + (8 + 3 * 16) + (16 + 5 * 32) + (32 + 2 * 64) = 427.
     """
     network = slim_resnet50() if name == "slim" else build(name)
-    wanted = taps.find(*model_and_images(network, 96), layers=[place]).taps
+    wanted = find(*model_and_images(network, 96), layers=[place]).taps
     field = of_taps(network, wanted, (96, 96))[place]
     assert (field.size, field.stride, field.step) == ((size, size), (32.0, 32.0), (32, 32))
 
@@ -287,7 +288,7 @@ def build(name: str) -> nn.Module:
 )
 def test_both_methods_agree(name: str, size: int, caplog: pytest.LogCaptureFixture) -> None:
     network = build(name).eval()
-    wanted = taps.find(*model_and_images(network, size)).taps
+    wanted = find(*model_and_images(network, size)).taps
     with caplog.at_level(logging.WARNING, "maxact"):
         found = of_taps(network, wanted, (size, size))
     assert not caplog.records
@@ -304,7 +305,7 @@ def test_with_attention_no_field_is_too_small(name: str, size: int, caplog: pyte
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.constant_(layer.weight, 0.01)
-    wanted = taps.find(*model_and_images(network, size)).taps
+    wanted = find(*model_and_images(network, size)).taps
     with caplog.at_level(logging.WARNING, "maxact"):
         found = of_taps(network, wanted, (size, size))
     assert not caplog.records
@@ -318,7 +319,7 @@ def test_with_attention_no_field_is_too_small(name: str, size: int, caplog: pyte
 
 def test_gated_networks_have_the_local_fields_of_themselves_without_gates() -> None:
     network = build("mobilenet_v3_small").eval()
-    wanted = tuple(tap for tap in taps.find(*model_and_images(network, 64)).taps if ".fc" not in tap.name)
+    wanted = tuple(tap for tap in find(*model_and_images(network, 64)).taps if ".fc" not in tap.name)
     gated = of_taps(network, wanted, (64, 64))
     for module in network.modules():
         if isinstance(module, torchvision.ops.SqueezeExcitation):
@@ -440,7 +441,7 @@ def test_a_shift_by_the_step_shifts_the_map(name: str) -> None:
         "efficientnet_lite0": "_blocks.3",
         "unet": "out",
     }
-    wanted = taps.find(*model_and_images(network, size), layers=[f"{at[name]}*"]).taps[-1:]
+    wanted = find(*model_and_images(network, size), layers=[f"{at[name]}*"]).taps[-1:]
     field = of_taps(network, wanted, (size, size))[wanted[0].name]
     maps = []
     big = torch.rand(1, 3, size + field.step[0], size + field.step[1], generator=torch.Generator().manual_seed(1))

@@ -119,7 +119,7 @@ class Windows:
     """
 
     def __init__(self, cut: Cut, tap: Tap, convolutions: Sequence[tuple[Tap, Field]], network: nn.Module) -> None:
-        """`convolutions` are taps at nn.Conv2d modules (`taps.find` with at="module") in the order in which they run,
+        """`convolutions` are taps at nn.Conv2d modules (`find.find` with at="module") in the order in which they run,
         with their fields; those after the tap do not matter. `network` holds the modules."""
         self.cut = cut
         self._axes: dict[tuple[str, int], tuple[_Needed, _Needed]] = {}
