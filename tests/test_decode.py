@@ -235,7 +235,7 @@ def test_16_bit_pixels_are_scaled(make: Any, name: str, channels: int) -> None:
     images = decode(decoder, [png16(values)]).images[0].numpy().astype(float)
     expected = np.broadcast_to(values[:, :, : min(channels, 3)] / 257, images.shape)
     # PIL keeps the upper eight bits of 16-bit colour: one level below at most.
-    assert np.abs(images - expected).max() <= (1 if name == "torchvision" and channels > 1 else 0.5)
+    assert np.abs(images - expected).max() <= (1 if channels > 1 else 0.5)
 
 
 @both

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from torchvision.transforms import v2
 
 from maxact import packed, repack, schedule
 from maxact.archives import printable, tar_rows
-from maxact.catalog import Catalog
+from maxact.catalog import Catalog, Entry
 from maxact.decode import make_decoder
 from maxact.errors import MaxactError, UsageError
 from maxact.fetch import Unreadable
@@ -185,15 +186,17 @@ class TestPictures:
         refused("unfinished", lambda: Catalog.build(tmp_path / "out"))
 
     def test_storage_that_has_gone(self, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(repack, "fetch", Catalog.read)  # without its patience
-        monkeypatch.setattr(schedule, "PAUSES", (0.0,))
         shutil.copytree(photos, tmp_path / "in")
+        reads = itertools.count()
 
-        def unmount(progress: Progress) -> None:
-            if progress.done == 9 and (tmp_path / "in").exists():
+        def fetch(catalog: Catalog, entry: Entry) -> object:
+            if next(reads) == 9:
                 (tmp_path / "in").rename(tmp_path / "away")
+            return catalog.read(entry)  # without patience
 
-        refused("cannot be read", lambda: run(tmp_path / "in", tmp_path / "out", report=unmount, readers=1), Unreadable)
+        monkeypatch.setattr(repack, "fetch", fetch)
+        monkeypatch.setattr(schedule, "PAUSES", (0.0,))
+        refused("cannot be read", lambda: run(tmp_path / "in", tmp_path / "out", readers=1), Unreadable)
         assert 2 <= len(list((tmp_path / "out").glob("*.tar"))) < 6
         (tmp_path / "away").rename(tmp_path / "in")
         assert run(tmp_path / "in", tmp_path / "out")["packed"] == 21

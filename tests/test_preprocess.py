@@ -81,10 +81,10 @@ def test_fill_is_the_mean_in_levels() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("resize", 0, "resize: expected a number of pixels above 0, got 0"),
+        ("resize", 0, "resize: expected 1 to 8,192 pixels, got 0"),
         ("resize", 25.6, "resize: expected"),
         ("resize", True, "resize: expected"),
-        ("crop", 224, "crop: expected height and width in pixels, above 0, got 224"),
+        ("crop", 224, "crop: expected height and width, 1 to 8,192 pixels, got 224"),
         ("crop", (224, -1), "crop: expected"),
         ("crop", (224.5, 224), "crop: expected"),
         ("interpolation", "lanczos", "interpolation: expected nearest or bilinear or bicubic, got 'lanczos'"),

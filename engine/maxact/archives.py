@@ -3,6 +3,7 @@
 Nothing in an archive is ever unpacked; the names of its members are used as keys and labels only.
 """
 
+import io
 import json
 import os
 import tarfile
@@ -13,20 +14,32 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import groupby, repeat
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from maxact import limits, remote
 from maxact.errors import MaxactError
+from maxact.limits import Headers
+from maxact.parts import Parts
+from maxact.urls import is_remote
 
-# key, label, source (absolute path), offset, length, modification time in nanoseconds
+# key, label, source (absolute path, or URL), offset, length, modification time in nanoseconds
 Row = tuple[str, str, bytes, int, int, int]
 
 BLOCK = 512  # a tar archive is made of these
 GROUP_LIMIT = 1 << 30  # bytes of images in a row group, which is read whole
 CACHE = 256 << 20  # bytes of row groups that are kept, though never fewer than two groups
 OPEN_ARCHIVES = 64
+FAR_BLOCK = 4 << 20  # bytes asked of a server at a time where a file is read from its beginning
+
+# What readers raise for files that lie
+DAMAGE = (
+    *(pa.ArrowException, tarfile.TarError),
+    *(ValueError, LookupError, ArithmeticError, RecursionError, MemoryError),
+)
 
 
 class Changed(Exception):
@@ -64,9 +77,60 @@ def reading(path: bytes) -> Iterator[None]:
         yield
     except OSError as error:
         raise MaxactError(f"cannot read {show(path)}: {error.strerror or error}") from None
-    except (pa.ArrowException, tarfile.TarError) as error:
+    except DAMAGE as error:
         reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
         raise MaxactError(f"{show(path)} is damaged, or not what its name says: {reason}") from None
+
+
+# Files here and far away
+
+
+def open_file(path: bytes, archive: bool = False) -> BinaryIO:
+    """A file to read from its beginning; of an `archive` parts are wanted later. OSError."""
+    if is_remote(path):
+        return cast(BinaryIO, io.BufferedReader(remote.File(path, strict=archive), FAR_BLOCK))
+    return open(path, "rb")
+
+
+def arrow_file(path: bytes) -> pa.NativeFile:
+    """A file as Arrow reads it. OSError."""
+    return pa.PythonFile(remote.File(path), "r") if is_remote(path) else pa.OSFile(path)
+
+
+def status(path: bytes) -> tuple[int, int]:
+    """Size and modification time in nanoseconds (`remote.Status`). OSError."""
+    if is_remote(path):
+        far = remote.stat(path)
+        return far.size, far.modified
+    near = os.stat(path)
+    return near.st_size, near.st_mtime_ns
+
+
+def exists(path: bytes) -> bool:
+    """MaxactError: the server cannot be asked."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    with reading(path):
+        return remote.exists(path)
+
+
+def read_far(path: bytes, length: int, modified: int) -> bytes:
+    """A file of `length` bytes at a URL, in one request. OSError, Changed (`unchanged`)."""
+    got = remote.read(path, None, length)
+    if got.size not in (None, length):
+        raise Changed(f"changed: {show(path)} has {got.size} bytes, but had {length} when it was catalogued")
+    return unchanged(got, path, length, modified)
+
+
+def unchanged(got: remote.Got, path: bytes, length: int, modified: int) -> bytes:
+    """What was read of a file at a URL. Changed: the answer says that the file has another `modified`
+    (`remote.Status`) than it had when it was catalogued; a web server that says neither time nor ETag can only be
+    found to have a file of another length."""
+    if got.modified not in (None, modified):
+        raise Changed(f"changed: {show(path)} was modified after it was catalogued")
+    if len(got.data) < length:
+        raise Changed(f"changed: {show(path)} ends inside an image")
+    return got.data
 
 
 # Tar archives
@@ -79,15 +143,16 @@ def tar_rows(path: bytes, key: str, suffixes: frozenset[str]) -> Iterator[Row]:
     `.cls` holds the label. Without one the label is the name of the member's folder.
     """
     with reading(path):
-        modified = os.stat(path).st_mtime_ns
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        size, modified = status(path)
+        with open_file(path, archive=True) as file:
+            if size == 0:
                 raise MaxactError(f"{show(path)} is empty")
             if _compressed(file.read(6)):
                 raise MaxactError(f"{show(path)} is compressed, so its images cannot be read one by one: decompress it")
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", encoding="utf-8") as archive:
-                for sample, group in groupby(_members(archive, path), key=lambda member: _sample(member.name)):
+            headers = cast(BinaryIO, Headers(file))
+            with tarfile.open(fileobj=headers, mode="r:", errors="surrogateescape", encoding="utf-8") as archive:
+                for sample, group in groupby(_members(archive), key=lambda member: _sample(member.name)):
                     members = list(group)
                     classes = {
                         member.name[:-4]: _class(archive, member) for member in members if member.name.endswith(".cls")
@@ -112,10 +177,9 @@ def tar_rows(path: bytes, key: str, suffixes: frozenset[str]) -> Iterator[Row]:
                     raise MaxactError(f"{show(path)} is damaged at byte {archive.offset}: no member starts there")
 
 
-def _members(archive: tarfile.TarFile, path: bytes) -> Iterator[tarfile.TarInfo]:
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members but for folders and hidden ones."""
-    while member := archive.next():
-        archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+    for member in limits.members(archive):
         hidden = any(part.startswith(".") and part not in (".", "..") for part in member.name.split("/"))
         if not hidden and not member.isdir():
             yield member
@@ -161,9 +225,12 @@ class TarReader:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[bytes, _Open] = OrderedDict()
+        self._parts = Parts()
 
     def read(self, path: bytes, offset: int, length: int, modified: int) -> bytes:
         """OSError; Changed: the archive is not the one that was indexed."""
+        if is_remote(path):
+            return unchanged(self._parts.read(path, offset, length), path, length, modified)
         with self._lock:
             archive = self._open.get(path)
             if archive is not None:
@@ -190,6 +257,7 @@ class TarReader:
             raise
 
     def close(self) -> None:
+        self._parts.close()
         with self._lock:
             self._open.clear()
 
@@ -199,7 +267,7 @@ class TarReader:
 
 def holds_images(path: bytes) -> bool:
     """Whether a Parquet file holds encoded images and not their paths. MaxactError: neither."""
-    with reading(path), pq.ParquetFile(pa.OSFile(path)) as file:
+    with reading(path), pq.ParquetFile(arrow_file(path)) as file:
         schema = file.schema_arrow
         if "image" in schema.names and _bytes_column(schema) is not None:
             return True
@@ -226,8 +294,9 @@ def _binary(kind: pa.DataType) -> bool:
 
 def parquet_rows(path: bytes, key: str) -> Iterator[Row]:
     """The rows of a Parquet file with encoded images: the row is the offset, the length -1."""
-    with reading(path), pq.ParquetFile(pa.OSFile(path)) as file:
-        modified = os.stat(path).st_mtime_ns
+    with reading(path), _with_words(path) as file:
+        size, modified = status(path)
+        _check_count(file.metadata, size)
         _refuse_large_groups(file.metadata, path)
         for row, label in enumerate(_labels(file)):
             yield f"{key}/{row}", label, path, row, -1, modified
@@ -235,16 +304,27 @@ def parquet_rows(path: bytes, key: str) -> Iterator[Row]:
 
 def parquet_paths(path: bytes) -> Iterator[tuple[bytes, str | None]]:
     """Path and label, None where there is no such column, of a Parquet list."""
-    with reading(path), pq.ParquetFile(pa.OSFile(path)) as file:
+    with reading(path), _with_words(path) as file:
+        _check_count(file.metadata, status(path)[0])
         labels = _labels(file) if "label" in file.schema_arrow.names else repeat(None)
-        paths = (item for batch in file.iter_batches(columns=["path"]) for item in batch.column(0).to_pylist())
+        paths = _values(file, "path")
         for row, (item, label) in enumerate(zip(paths, labels, strict=False)):
             if not isinstance(item, str | bytes) or not item:
-                raise MaxactError(f"{show(path)}, row {row}: the column path holds {item!r} instead of a path")
+                what = repr(item)[:60]
+                raise MaxactError(f"{show(path)}, row {row}: the column path holds {what} instead of a path")
             item = item.encode("utf-8", "surrogateescape") if isinstance(item, str) else item
             if b"\0" in item:
                 raise MaxactError(f"{show(path)}, row {row}: the path holds a zero byte")
             yield item, label
+
+
+@contextmanager
+def _with_words(path: bytes) -> Iterator[pq.ParquetFile]:
+    """A Parquet file whose paths and labels come as they are kept, and are not written out for every row."""
+    with pq.ParquetFile(arrow_file(path)) as file:
+        metadata, names = file.metadata, {"path", "label"} & set(file.schema_arrow.names)
+    with pq.ParquetFile(arrow_file(path), metadata=metadata, read_dictionary=sorted(names)) as file:
+        yield file
 
 
 def _labels(file: pq.ParquetFile) -> Iterator[str]:
@@ -253,12 +333,36 @@ def _labels(file: pq.ParquetFile) -> Iterator[str]:
         yield from repeat("", file.metadata.num_rows)
         return
     names = _class_names(file.schema_arrow)
-    for batch in file.iter_batches(columns=["label"]):
-        for value in batch.column(0).to_pylist():
-            if isinstance(value, int) and names:
-                yield names[value] if 0 <= value < len(names) else ""  # -1: a test set without labels
-            else:
-                yield "" if value is None else str(value)
+    for value in _values(file, "label"):
+        if isinstance(value, int) and names:
+            yield names[value] if 0 <= value < len(names) else ""  # -1: a test set without labels
+        else:
+            yield "" if value is None else str(value)
+
+
+def _values(file: pq.ParquetFile, column: str) -> Iterator[object]:
+    """The values of a column that holds paths or labels. ValueError: one is too long.
+
+    One value that is kept once can stand in all rows: it is looked at before it is written out for each.
+    """
+    for batch in file.iter_batches(columns=[column]):
+        values = batch.column(0)
+        if pa.types.is_dictionary(values.type):
+            words = values.dictionary
+            if (pc.max(pc.binary_length(words)).as_py() or 0) > 4 * limits.LONGEST:
+                raise ValueError(f"a {column} of more than {limits.LONGEST:,} characters")
+            is_text = not pa.types.is_binary(words.type)
+            values = pa.DictionaryArray.from_arrays(values.indices, words.cast(pa.binary())).cast(pa.binary())
+            yield from (text(each) if is_text and each is not None else each for each in values.to_pylist())
+        else:
+            yield from values.to_pylist()
+
+
+def _check_count(metadata: pq.FileMetaData, size: int) -> None:
+    """ValueError: a file of so many bytes cannot hold as many rows as it says."""
+    groups = sum(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+    if not 0 <= metadata.num_rows == groups <= size:
+        raise ValueError(f"it says that it has {metadata.num_rows} rows")
 
 
 def _class_names(schema: pa.Schema) -> Sequence[str]:
@@ -300,12 +404,13 @@ class RowGroupReader:
             raise Changed(f"changed: {show(path)} has fewer rows than were catalogued")
         index = bisect_right(starts, row) - 1
         group = self._group(path, index, known[0], modified)
+        if row - starts[index] >= len(group):
+            raise OSError(f"{show(path)} is damaged: row {row} is not there")
         return group[row - starts[index]].as_py() or b""
 
     def _open(self, path: bytes, modified: int) -> tuple[pq.FileMetaData, list[int]]:
-        _check_modified(path, modified)
-        with _arrow_errors(path):
-            metadata = pq.read_metadata(pa.OSFile(path))
+        with _arrow_errors(path), _unchanged(path, modified) as source:
+            metadata = pq.read_metadata(source)
         starts = [0]
         for index in range(metadata.num_row_groups):
             starts.append(starts[-1] + metadata.row_group(index).num_rows)
@@ -323,10 +428,13 @@ class RowGroupReader:
         if group is not None:
             return group.result()  # another thread may still be reading it
         try:
-            _check_modified(path, modified)
-            with _arrow_errors(path), pq.ParquetFile(pa.OSFile(path), metadata=metadata) as file:
+            with (
+                _arrow_errors(path),
+                _unchanged(path, modified) as source,
+                pq.ParquetFile(source, metadata=metadata) as file,
+            ):
                 column = _bytes_column(file.schema_arrow)
-                images = file.read_row_group(index, columns=[column], use_threads=False).column(0)
+                images = _read_group(file, index, column)
             if column == "image.bytes":
                 images = pa.chunked_array([pc.struct_field(chunk, "bytes") for chunk in images.chunks])
             mine.set_result(images)
@@ -355,9 +463,28 @@ class RowGroupReader:
             self._files.clear()
 
 
-def _check_modified(path: bytes, modified: int) -> None:
-    if os.stat(path).st_mtime_ns != modified:
+def _read_group(file: pq.ParquetFile, index: int, column: str | None) -> pa.ChunkedArray:
+    """The images of a row group, a few at a time: what stands once in the file may stand in every row. OSError."""
+    group = file.metadata.row_group(index)
+    size = max(group.column(i).total_uncompressed_size for i in range(group.num_columns))
+    few = max(1, min(64, GROUP_LIMIT // max(1, size)))
+    parts, total = [], 0
+    for batch in file.iter_batches(batch_size=few, row_groups=[index], columns=[column], use_threads=False):
+        parts.append(batch.column(0))
+        total += parts[-1].nbytes
+        if total > GROUP_LIMIT:
+            raise OSError("a row group has more than 1 GiB of images, which would be kept at once")
+    return pa.chunked_array(parts, file.schema_arrow.field("image").type if not parts else None)
+
+
+@contextmanager
+def _unchanged(path: bytes, modified: int) -> Iterator[pa.NativeFile]:
+    """The file for Arrow, if it is the one that was indexed. OSError, Changed."""
+    far = remote.File(path, patient=False) if is_remote(path) else None  # who reads tries again
+    if (far.status.modified if far else os.stat(path).st_mtime_ns) != modified:
         raise Changed(f"changed: {show(path)} was modified after it was catalogued")
+    with pa.PythonFile(far, "r") if far else pa.OSFile(path) as file:
+        yield file
 
 
 @contextmanager

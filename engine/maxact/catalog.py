@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from maxact import sources
-from maxact.archives import Changed, Row, RowGroupReader, TarReader, printable, reading, show
+from maxact import remote, sources
+from maxact.archives import Changed, Row, RowGroupReader, TarReader, printable, read_far, reading, show
 from maxact.errors import MaxactError, UsageError
 from maxact.files import replace_file
+from maxact.limits import LARGEST, LONGEST
+from maxact.urls import is_remote
 
 __all__ = ["Catalog", "Changed", "Entry", "Shard"]
 
@@ -55,10 +57,10 @@ class Entry:
     number: int
     key: str  # printable and unique
     label: str
-    source: bytes  # absolute path
+    source: bytes  # absolute path, or URL
     offset: int
     length: int
-    modified: int  # of the source, in nanoseconds
+    modified: int  # of the source, in nanoseconds; of a URL see remote.Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,9 @@ class Shard:
     start: int
     stop: int
 
+    def __str__(self) -> str:
+        return f"shard {self.index} (images {self.start} to {self.stop - 1})"
+
 
 class Catalog:
     """The images of a dataset, numbered from 0. Immutable; `read` may be called by many threads at once."""
@@ -78,6 +83,10 @@ class Catalog:
         self.dataset = dataset  # the map-style Dataset that it was made from, if any
         self._tars = TarReader()
         self._groups = RowGroupReader()
+
+    def __reduce__(self) -> tuple[type["Catalog"], tuple[pa.Table, object]]:
+        """Another process opens archives for itself."""
+        return type(self), (self.table, self.dataset)
 
     @classmethod
     def build(
@@ -93,7 +102,8 @@ class Catalog:
         """List and number images.
 
         images: a path, a sequence of paths, or a map-style Dataset whose items are pictures or tuples that start with
-            one. A path is a folder, a glob, a list (.txt, .csv, .parquet), tar archives, Parquet files or a picture.
+            one. A path is a folder, a glob, a list (.txt, .csv, .parquet), tar archives, Parquet files or a picture,
+            here or at an s3://, gs:// or http(s):// URL.
             Images of a pack (`maxact pack`) have the keys and labels that they had in its source.
         where: globs over labels, of which any may match; then a random `sample`, the same for the same seed, in the
             order of the list; then the first `limit`.
@@ -129,8 +139,8 @@ class Catalog:
         """
         with reading(os.fsencode(path)):
             table = pq.read_table(pa.OSFile(os.fsencode(path)))
-        columns = [table.schema.field(name).type for name in SCHEMA.names if name in table.column_names]
-        if columns != SCHEMA.types or not np.array_equal(table["image"].to_numpy(), np.arange(len(table))):
+            good = _is_catalog(table)
+        if not good:
             raise MaxactError(f"{printable(str(path))} is not a catalog of images made by maxact")
         if dataset is not None and len(table):
             needed = pc.max(table["offset"]).as_py() + 1
@@ -186,12 +196,16 @@ class Catalog:
         OSError: it cannot be read, now; Changed: it is not what was catalogued; for pictures whatever the Dataset
         raises. MaxactError: the image is an item of a Dataset and this catalog has none.
         """
+        if entry.length > LARGEST:
+            raise OSError(f"{entry.length / 2**30:,.0f} GiB: no image is so large")
         if entry.length < 0:
             if entry.source:
                 return self._groups.read(entry.source, entry.offset, entry.modified)
             return self._picture(entry)
         if entry.offset:
             return self._tars.read(entry.source, entry.offset, entry.length, entry.modified)
+        if is_remote(entry.source):
+            return _read_url(entry)
         return _read_file(entry)
 
     def _picture(self, entry: Entry) -> object:
@@ -204,6 +218,21 @@ class Catalog:
         """Let go of open archives and of row groups in memory; a later `read` opens them again."""
         self._tars.close()
         self._groups.close()
+
+
+def _is_catalog(table: pa.Table) -> bool:
+    """Whether a table has the columns of a catalog, and in them what a catalog can have."""
+    if len(set(table.column_names)) < len(table.column_names) or not set(SCHEMA.names) <= set(table.column_names):
+        return False
+    table = table.select(SCHEMA.names)
+    if table.schema.types != SCHEMA.types or any(column.null_count for column in table.columns):
+        return False
+    try:
+        table.select(["key", "label"]).validate(full=True)
+    except pa.ArrowInvalid:  # text that is no UTF-8
+        return False
+    least = [pc.min(table[name]).as_py() for name in ("offset", "length")] if len(table) else [0, 0]
+    return least[0] >= 0 and least[1] >= -1 and np.array_equal(table["image"].to_numpy(), np.arange(len(table)))
 
 
 def is_dataset(images: object) -> bool:
@@ -232,6 +261,13 @@ def _read_file(entry: Entry) -> bytes:
         os.close(fd)
 
 
+def _read_url(entry: Entry) -> bytes:
+    if entry.length or entry.modified:
+        return read_far(entry.source, entry.length, entry.modified)
+    remote.stat(entry.source, patient=False)  # as a rule it is missing still
+    raise Changed(f"changed: {show(entry.source)} was missing when it was catalogued")
+
+
 def _change(entry: Entry, status: os.stat_result) -> str:
     path = show(entry.source)
     if not entry.length and not entry.modified:
@@ -246,6 +282,12 @@ def _told(rows: Iterator[Row], report: Callable[[int], None]) -> Iterator[Row]:
     for count, row in enumerate(rows, start=1):
         if count % TOLD == 0:
             report(count)
+        if len(row[0]) > LONGEST or len(row[1]) > LONGEST:
+            name = max(row[:2], key=len)
+            raise MaxactError(
+                f"{show(row[2])}: has a name of {len(name):,} characters, and more than {LONGEST:,} are not taken: "
+                f"{printable(name[:60])}…"
+            )
         yield row
 
 

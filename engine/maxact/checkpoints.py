@@ -7,8 +7,10 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
             loaded: Any = load_file(path)
         else:
+            archive = _check_archive(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what torch remarks on a pickle's protocol helps nobody
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
+                # mapped, so that nothing lies beyond what the file really holds
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except MaxactError:
+        raise
     except OSError as error:
         raise MaxactError(f"weights {path}: cannot be read ({error.strerror or one_line(error)})") from error
     except pickle.UnpicklingError as error:
@@ -65,12 +71,42 @@ def read_state(path: Path) -> dict[str, Any]:
             "model_state_dict or model"
         )
     state = OrderedDict(loaded)
-    if hasattr(loaded, "_metadata"):  # modules read their old formats by the version in it
-        state._metadata = loaded._metadata  # type: ignore[attr-defined]
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and not _is_plain(value):
+            raise MaxactError(f"weights {path}: {key} is no plain tensor of numbers on a CPU; save it as one")
+    metadata = getattr(loaded, "_metadata", None)
+    if isinstance(metadata, Mapping) and all(isinstance(value, Mapping) for value in metadata.values()):
+        state._metadata = metadata  # type: ignore[attr-defined]  # modules read their old formats by the version in it
     for prefix in ("module.", "_orig_mod."):  # DataParallel's and torch.compile's
         if all(key.startswith(prefix) for key in state):
             nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
     return state
+
+
+def _check_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch writes them: nothing in it compressed, which could be a bomb, and all
+    of it somewhere in the file. Raises MaxactError for another one."""
+    with open(path, "rb") as file:
+        archived = file.read(4) == b"PK\x03\x04"
+        if path.stat().st_size:
+            with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                if content.find(b"\nbytearray\n") >= 0:
+                    raise MaxactError(f"weights {path}: refused (it makes bytes of any number, as no state dict does)")
+    if not archived:
+        return False
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise MaxactError(f"weights {path}: refused (its parts are compressed, as torch.save leaves none)")
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise MaxactError(f"weights {path}: broken (its parts are larger than the file)")
+    return True
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor can be compared and copied as every other one."""
+    kind = type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_nested
+    return kind and value.device.type == "cpu" and not value.is_quantized and not value.is_complex()
 
 
 def load_state(network: nn.Module, state: dict[str, Any], name: str, source: str) -> None:
@@ -90,7 +126,7 @@ def load_state(network: nn.Module, state: dict[str, Any], name: str, source: str
     try:
         # Not strict: modules bring old names up to date themselves; only then is it known what is missing.
         missing, unexpected = network.load_state_dict(fitting, strict=False)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # also whatever the modules' own ways to load may raise
         raise MaxactError(f"{source} does not fit {name} ({one_line(error)})") from error
     detail = [
         f"{key} is {_shape(state[key])} in the file and {_shape(shapes[key])} in the network" for key in misshaped

@@ -9,8 +9,9 @@ import io
 import os
 import re
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 
 from maxact.decoder import Decoded, Settings
 from maxact.errors import MaxactError, OutOfMemory
-from maxact.pictures import Refused, line, open_picture
+from maxact.pictures import Refused, alone, line, open_picture, rgb
 from maxact.preprocess import Placement
 
 # Read when DALI is loaded: OpenCV, inside it, would print about damaged files.
@@ -30,6 +31,8 @@ fn, types = dali.fn, dali.types
 Pipeline = Any
 
 # What DALI raises for a batch that it cannot decode.
+_AT_ONCE = 1 << 29  # pixels that are decoded at once: pictures in their own size, of which a batch can hold many
+
 DALI_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
@@ -49,6 +52,7 @@ class _Flight:
     n: int
     items: dict[int, _Item]  # place in the batch -> image; those that the headers ruled out are missing
     errors: dict[int, str]
+    at_once: bool  # else it is decoded in parts, when it is collected
 
 
 class DaliDecoder:
@@ -65,6 +69,7 @@ class DaliDecoder:
         self.depth = settings.depth
         self._settings = settings
         self._cuda = settings.device.type == "cuda"
+        self._pool = ThreadPoolExecutor(settings.threads, "decode")
         self._peek = self._peek_pipeline()
         self._decode = self._made(settings.batch, settings.depth)
         self._spare: Pipeline = None  # decodes lost batches; made for the first
@@ -73,22 +78,39 @@ class DaliDecoder:
     def submit(self, files: Sequence[bytes]) -> None:
         self._settings.check(files, len(self._flights))
         errors = {i: "the file is empty" for i, file in enumerate(files) if not file}
+        shapes = self._shapes({i: f for i, f in enumerate(files) if _is_jpeg(f)}, errors)
+        for i, file in enumerate(files):
+            if file and not _is_jpeg(file):
+                try:
+                    picture = open_picture(file)
+                    shapes[i] = picture.height, picture.width
+                except Refused as refused:
+                    errors[i] = line(refused)
         items = {}
-        for i, shape in self._shapes({i: f for i, f in enumerate(files) if f}, errors).items():
+        for i, shape in sorted(shapes.items()):
             try:
                 items[i] = _Item(files[i], shape, self._settings.place(*shape))
             except Refused as refused:
                 errors[i] = line(refused)
-        if items:
+        at_once = sum(map(_pixels, items.values())) <= _AT_ONCE
+        if at_once:
+            items = self._plain(items, errors)
+        if items and at_once:
             self._feed(self._decode, list(items.values()))
             self._decode.schedule_run()
-        self._flights.append(_Flight(len(files), items, errors))
+        self._flights.append(_Flight(len(files), items, errors, at_once))
 
     def collect(self) -> Decoded:
         flight = self._flights.popleft()
         n, items = flight.n, list(flight.items.items())
         if not items:
             return Decoded(self.blank(n), flight.errors)
+        if not flight.at_once:
+            images = self.blank(n)
+            for part in _parts(items, (self._settings.batch + 1) // 2):
+                if plain := self._plain(dict(part), flight.errors):
+                    self._decode_part(list(plain.items()), images, flight.errors)
+            return Decoded(images, flight.errors)
         try:
             images = self._share(self._decode)
         except DALI_ERRORS as error:
@@ -103,6 +125,7 @@ class DaliDecoder:
     def close(self) -> None:
         self._peek = self._decode = self._spare = None  # DALI ends its threads with the last reference,
         self._flights.clear()  # and only then do they no longer read these bytes
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _salvage(
         self, items: list[tuple[int, _Item]], error: Exception, images: torch.Tensor, errors: dict[int, str]
@@ -112,25 +135,44 @@ class DaliDecoder:
         The good ones come out as they would have. Halves, because they keep all threads busy: a bad image costs
         about as much as its batch once more.
         """
-        _raise_if_fatal(error)
+        if self._cuda or "bad_alloc" not in str(error):  # a header that lies asks the CPU for more than there is
+            _raise_if_fatal(error)
         if len(items) == 1:
             ((place, item),) = items
             errors[place] = self._why(item.data, error)
             return
-        if self._spare is None:
-            self._spare = self._made((self._settings.batch + 1) // 2, 1)
         middle = len(items) // 2
         for half in (items[:middle], items[middle:]):
-            self._feed(self._spare, [item for _, item in half])
-            self._spare.schedule_run()
-            try:
-                images[[place for place, _ in half]] = self._share(self._spare)
-            except DALI_ERRORS as again:
-                self._salvage(half, again, images, errors)
+            self._decode_part(half, images, errors)
+
+    def _decode_part(self, items: list[tuple[int, _Item]], images: torch.Tensor, errors: dict[int, str]) -> None:
+        """Decode a part of a batch, and again by halves where that fails."""
+        if self._spare is None:
+            self._spare = self._made((self._settings.batch + 1) // 2, 1)
+        self._feed(self._spare, [item for _, item in items])
+        self._spare.schedule_run()
+        try:
+            images[[place for place, _ in items]] = self._share(self._spare)
+        except DALI_ERRORS as error:
+            self._salvage(items, error, images, errors)
 
     def blank(self, n: int) -> torch.Tensor:
         shape = (n, *self._settings.preprocess.crop, 3)
         return torch.zeros(shape, dtype=torch.uint8, device=self._settings.device)
+
+    def _plain(self, items: dict[int, _Item], errors: dict[int, str]) -> dict[int, _Item]:
+        """The same items, with what is no JPEG decoded to plain pixels; `errors` gains what cannot be.
+
+        Damaged PNG and TIFF files crash DALI's own decoders for them, or never come back. PIL's pixels are the same.
+        """
+        others = [i for i, item in items.items() if not _is_jpeg(item.data)]
+        for i, made in zip(others, self._pool.map(_as_ppm, [items[i] for i in others]), strict=True):
+            if isinstance(made, bytes):
+                items[i] = replace(items[i], data=made)
+            else:
+                errors[i] = made
+                del items[i]
+        return items
 
     def _shapes(self, files: dict[int, bytes], errors: dict[int, str]) -> dict[int, tuple[int, int]]:
         """Height and width of each file by its header; `errors` gains those that have none."""
@@ -271,6 +313,42 @@ class DaliDecoder:
         for _ in range(depth):
             self._share(pipeline)
         return pipeline
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data[:3] == b"\xff\xd8\xff"
+
+
+def _as_ppm(item: _Item) -> bytes | str:
+    """An image of another format as the plainest file that DALI takes, or why it is bad."""
+    source = ""
+    try:
+        picture = open_picture(item.data)
+        source = f"{picture.format}: "
+        with alone(picture):
+            picture = rgb(picture)
+        if (picture.height, picture.width) != item.shape:
+            raise Refused(f"{source}its size is not the one that it begins with")
+        return b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
+    except Refused as refused:
+        return line(refused)
+    except Exception as error:
+        return line(f"{source}{line(error)}")
+
+
+def _pixels(item: _Item) -> int:
+    return item.shape[0] * item.shape[1]
+
+
+def _parts(items: list[tuple[int, _Item]], most: int) -> Iterator[list[tuple[int, _Item]]]:
+    """At most so many items, and pixels, at a time; one that has more alone."""
+    part: list[tuple[int, _Item]] = []
+    for item in items:
+        if part and (len(part) == most or sum(_pixels(each) for _, each in part) + _pixels(item[1]) > _AT_ONCE):
+            yield part
+            part = []
+        part.append(item)
+    yield part
 
 
 def _meaning(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from maxact.decoder import Decoded, Settings
-from maxact.pictures import Refused, as_picture, line, open_picture, rgb
+from maxact.pictures import Refused, alone, as_picture, line, open_picture, rgb
 from maxact.preprocess import Placement
 
 
@@ -65,12 +65,13 @@ class TorchvisionDecoder:
             else:
                 picture = as_picture(file)
             placement = self._settings.place(picture.height, picture.width)
-            picture = rgb(picture)
-            if self._function is None:
-                self._fit(picture, placement, out.numpy())
-            else:
-                source = "preprocess function: "
-                self._call(picture, out)
+            with alone(picture):
+                picture = rgb(picture)
+                if self._function is None:
+                    self._fit(picture, placement, out.numpy())
+                else:
+                    source = "preprocess function: "
+                    self._call(picture, out)
         except Refused as refused:
             return line(refused)
         except Exception as error:

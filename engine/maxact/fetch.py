@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import tenacity
 
+from maxact.archives import show
 from maxact.catalog import Catalog, Entry
 from maxact.errors import MaxactError
 from maxact.partial import BadImage
@@ -34,6 +35,25 @@ def fetch(catalog: Catalog, entry: Entry) -> object:
         if was_missing(entry) or _is_damage(error):
             raise
         return _again(catalog.read, entry)
+
+
+def look(catalog: Catalog) -> None:
+    """Raises MaxactError where not one of a few images can be read from this machine."""
+    last = len(catalog) - 1
+    unread = []
+    for number in sorted({0, last // 2, last}) if last >= 0 else ():
+        (entry,) = catalog.entries(number, number + 1)
+        try:
+            fetch(catalog, entry)
+            return
+        except MaxactError:
+            raise
+        except Exception as error:
+            if was_missing(entry) or not is_unread(failure(entry, error)):
+                return
+            unread.append(f"{show(entry.source) or entry.key}: {_reason(error)}")
+    if unread:
+        raise MaxactError(f"the images cannot be read there ({'; '.join(unread)})")
 
 
 def failure(entry: Entry, error: Exception) -> BadImage:

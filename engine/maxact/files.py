@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Cut short at any point, the file at `path` is the old one or the new one. Nothing is left aside on an error.
     """
+    if path.name in ("", ".."):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     aside = path.with_name(f".{path.name}.part")
+    if aside.is_symlink():  # or what is written would land where somebody else wants it
+        aside.unlink()
     try:
         write(aside)
         sync_file(aside)

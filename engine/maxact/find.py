@@ -81,7 +81,11 @@ def find_taps(model: Model, layers: Sequence[str] = (), at: At = "norm") -> Foun
     preprocess = model.preprocess
     weight = next(model.network.parameters(), torch.empty(0))
     dtype = torch.float32 if preprocess.function else torch.uint8
-    blank = torch.zeros((2, *preprocess.shape), dtype=dtype, device=weight.device)
+    try:
+        blank = torch.zeros((2, *preprocess.shape), dtype=dtype, device=weight.device)
+    except (RuntimeError, MemoryError) as error:  # of torch's allocators
+        size = " x ".join(map(str, preprocess.crop))
+        raise MaxactError(f"no memory for images of {size} ({one_line(error)}); give a smaller --crop") from error
     return find(Normalised(model.network, preprocess).to(weight.device), blank, layers, at)
 
 

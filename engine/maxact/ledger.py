@@ -11,6 +11,7 @@ from typing import Any
 from maxact.errors import MaxactError
 from maxact.files import replace_file
 from maxact.partial import BadImage
+from maxact.sound import expect, is_count, is_words
 
 
 @dataclass
@@ -49,14 +50,24 @@ class Ledger:
         values = asdict(self) | {"bad": [asdict(bad) for bad in self.bad.values()]}
         replace_file(path, lambda aside: aside.write_text(json.dumps(values)))
 
+    def check(self) -> None:
+        """Raises ValueError where a part is not of its kind."""
+        numbers = all(isinstance(number, int | float) for number in (self.deviation, self.settled))
+        expect(isinstance(self.settings, dict) and numbers and isinstance(self.clean, bool), "settings")
+        expect(is_words(self.whole) and isinstance(self.done, dict), "lists")
+        for place, channels in self.done.items():
+            expect(place.count("/") == 2 and all(map(is_count, channels)), place)
+
     @classmethod
     def load(cls, path: Path) -> Ledger | None:
         """What `save` wrote; None where nothing was. Raises MaxactError where the file is damaged."""
         try:
             values = json.loads(path.read_text())
-            bad = {each["image"]: BadImage(**each) for each in values.pop("bad")}
-            return cls(**values, bad=bad)
+            bad = {each["image"]: BadImage.from_json(each) for each in values.pop("bad")}
+            ledger = cls(**values, bad=bad)
+            ledger.check()
+            return ledger
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MaxactError(f"{path}: is damaged ({error}); project again with --overwrite") from error

@@ -37,13 +37,13 @@ def hold(path: Path) -> Iterator[None]:
     folder = path / "run"
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / "lock", "ab+", buffering=0)  # noqa: SIM115 (open for as long as the lock is held)
+        handle = open(folder / "lock", "ab+", buffering=0, opener=_no_link)  # noqa: SIM115 (open as long as it is held)
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             handle.seek(0)
-            holder = handle.read().decode().strip() or "another process"
+            holder = handle.read(200).decode(errors="backslashreplace").strip() or "another process"
             raise MaxactError(f"{path}: in use by {holder}; wait for it or stop it first") from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -53,6 +53,11 @@ def hold(path: Path) -> Iterator[None]:
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file, but not what a link leads to: the lock is truncated."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def check_place(folder: Path) -> None:

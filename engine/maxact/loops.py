@@ -17,7 +17,8 @@ from maxact.catalog import Catalog, Shard
 from maxact.config import cores
 from maxact.numerics import kept_memory, numerics
 from maxact.partial import BadImage
-from maxact.scan import Job, Tick, scan
+from maxact.process import Tick
+from maxact.scan import Job, scan
 from maxact_kernels.peaks import Peaks
 
 _FILLED = 3  # batches of a scan until what was decoded while it stood still is used up

@@ -41,15 +41,18 @@ class Manifest:
     @classmethod
     def from_json(cls, values: dict[str, Any], path: Path) -> Manifest:
         """What `to_json` gave. Raises MaxactError for another format or a damaged one."""
+        if not isinstance(values, dict):
+            raise MaxactError(f"{path}: its attribute maxact is damaged (it is no table of names and values)")
         if values.get("format") != FORMAT:
             raise MaxactError(
                 f"{path}: expected a store of format {FORMAT}, got {values.get('format')!r}; "
                 "read it with the version of maxact that wrote it"
             )
         try:
-            values = values | {"settings": {"compile": False} | values["settings"]}  # older ones do not say so
+            settings = {"compile": False, "pooled": None} | values["settings"]  # older ones do not say so
+            values = values | {"settings": settings}
             return cls(**(values | {"taps": tuple(Tap.from_json(tap) for tap in values["taps"])}))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise MaxactError(f"{path}: its attribute maxact is damaged ({error})") from error
 
     def lists(self) -> list[List]:

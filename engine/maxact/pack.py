@@ -77,8 +77,8 @@ def pack(
     cannot be meant, and MaxactError for all else that the caller can mend.
     """
     config = PackConfig(short_side, quality, shard_images, max_megapixels)
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers: expected at least 1, got {workers!r}")
+    if workers is not None and not 1 <= workers <= 1024:
+        raise UsageError(f"workers: expected 1 to 1024, got {workers!r}")
     run = RunConfig(readers=readers, decode_threads=workers or cores(), max_bad=max_bad, overwrite=overwrite)
     labels = (where,) if isinstance(where, str) else tuple(dict.fromkeys(where))
     selection = {"where": list(labels), "sample": sample, "seed": seed if sample is not None else 0, "limit": limit}

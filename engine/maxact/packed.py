@@ -19,13 +19,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from maxact.archives import Row, reading, show
+from maxact import remote
+from maxact.archives import Row, arrow_file, exists, open_file, reading, show, status
 from maxact.errors import MaxactError
 from maxact.files import replace_file
+from maxact.urls import is_remote
 
 FORMAT = 1
 BEGINNING = {"maxact": "pack", "format": FORMAT, "finished": False}  # of pack.json
@@ -52,7 +55,7 @@ def rows(path: bytes) -> Iterator[Row] | None:
 
     MaxactError: the pack that it belongs to is unfinished, or the archive is not the one that was indexed.
     """
-    if not os.path.exists(path + SUFFIX.encode()):
+    if not exists(path + SUFFIX.encode()):
         return None
     check_finished(os.path.dirname(path))
     index = load_index(path)
@@ -64,7 +67,8 @@ def rows(path: bytes) -> Iterator[Row] | None:
 
 
 def _rows(path: bytes, index: pa.Table) -> Iterator[Row]:
-    modified = os.stat(path).st_mtime_ns
+    with reading(path):
+        _, modified = status(path)
     good = index.filter(pc.is_null(index["error"]))
     columns = (good[name].to_pylist() for name in ("key", "label", "offset", "length"))
     for key, label, offset, length in zip(*columns, strict=True):
@@ -75,14 +79,27 @@ def load_index(path: bytes) -> pa.Table | None:
     """The index of an archive, columns as in SCHEMA; None where it or the archive is missing, or where they do not
     belong together. MaxactError: it is damaged."""
     name = path + SUFFIX.encode()
-    if not (os.path.exists(name) and os.path.exists(path)):
+    if not (exists(name) and exists(path)):
         return None
     with reading(name):
-        table = pq.read_table(pa.OSFile(name))
+        table = pq.read_table(arrow_file(name))
         size = (table.schema.metadata or {}).get(_BYTES)
-        if table.schema.names != SCHEMA.names or size is None:
+        if table.schema.remove_metadata() != SCHEMA or size is None or not _is_sound(table, int(size)):
             raise MaxactError(f"{show(name)} is damaged, or not what its name says: pack again, or delete it")
-        return table if int(size) == os.stat(path).st_size else None
+        return table if int(size) == status(path)[0] else None
+
+
+def _is_sound(table: pa.Table, size: int) -> bool:
+    """Whether an index has words for every image, and places that lie in an archive of so many bytes."""
+    table.validate(full=True)  # ArrowInvalid: text that is no UTF-8
+    if any(table[name].null_count for name in ("image", "key", "label", "offset", "length")):
+        return False
+    good = table.filter(pc.is_null(table["error"]))
+    if not len(good):
+        return True
+    least, longest = pc.min(good["offset"]).as_py(), pc.max(good["length"]).as_py()
+    last = np.max(good["offset"].to_numpy().astype(object) + good["length"].to_numpy().astype(object))
+    return bool(least >= 512 and pc.min(good["length"]).as_py() >= 0 and longest <= size and last <= size)
 
 
 def write_index(path: Path, images: Sequence[dict[str, Any]]) -> None:
@@ -100,12 +117,12 @@ def write_index(path: Path, images: Sequence[dict[str, Any]]) -> None:
 def read_pack(folder: bytes) -> dict[str, Any] | None:
     """What a folder's pack.json says; None where it is no pack. MaxactError: it is one of another format."""
     path = os.path.join(folder, PACK.encode())
-    if not os.path.exists(path):
+    if not exists(path):
         return None
     try:
-        with reading(path), open(path, "rb") as file:
+        with reading(path), open_file(path) as file:
             about = json.load(file)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(about, dict) or about.get("maxact") != "pack":
         return None
@@ -114,7 +131,21 @@ def read_pack(folder: bytes) -> dict[str, Any] | None:
             f"{show(path)}: expected a pack of format {FORMAT}, got {about.get('format')!r}; "
             "read it with the version of maxact that wrote it"
         )
+    if not _can_be(about):
+        raise MaxactError(f"{show(path)} is damaged: delete it, and pack again")
     return about
+
+
+def _can_be(about: dict[str, Any]) -> bool:
+    """Whether the parts of a pack.json are of their kinds; one that is being started anew has few of them."""
+    settings, images, summary = (about.get(name) for name in ("settings", "images", "summary"))
+    whole = isinstance(settings, dict) and isinstance(images, dict) and {"count", "packed"} <= images.keys()
+    if settings is not None:
+        whole = whole and type(settings.get("short_side")) is int
+    if about.get("finished"):
+        counts = ("images", "packed", "bad", "archives", "bytes")
+        whole = whole and isinstance(summary, dict) and all(type(summary.get(name)) is int for name in counts)
+    return isinstance(about.get("finished"), bool) and (whole or (settings is None and not about["finished"]))
 
 
 def check_finished(folder: bytes, whole: bool = False) -> None:
@@ -126,7 +157,8 @@ def check_finished(folder: bytes, whole: bool = False) -> None:
     if about is None:
         return
     count = about["summary"]["archives"] if about["finished"] and whole else 0
-    if not about["finished"] or not all(os.path.exists(archive(folder, index)) for index in range(count)):
+    paths = [archive(folder, index) for index in range(count)]
+    if not about["finished"] or not all((remote.ahead if is_remote(folder) else map)(exists, paths)):
         raise MaxactError(f"{show(folder)} is an unfinished pack: run the same `maxact pack` again to finish it")
 
 

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from maxact.catalog import Shard
 from maxact.errors import MaxactError
+from maxact.sound import check_columns, expect, is_count
 from maxact.stats import Stats
 from maxact.topk import List, Ranked, Top
 from maxact_kernels.peaks import Peaks
@@ -40,6 +42,15 @@ class BadImage:
     key: str
     stage: str
     error: str
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> BadImage:
+        """From its parts by name. Raises TypeError where one is missing or of another kind."""
+        found = cls(**values)
+        words = (found.key, found.stage, found.error)
+        if not is_count(found.image) or not all(isinstance(word, str) for word in words):
+            raise TypeError("a bad image that can be none")
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,12 @@ class Partial:
     def touched(self) -> frozenset[int]:
         """The shards of which it holds anything."""
         return self.shards
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays, which is nearly what `save` writes."""
+        parts = (*self.tops.values(), *self.stats.values())
+        return sum(array.nbytes for part in parts for array in vars(part).values())
 
     def merge(self, other: Partial) -> Partial:
         """The result of both. Raises ValueError where they have a shard in common."""
@@ -131,16 +148,39 @@ class Partial:
                     tops.setdefault((first, second), {})[column] = array  # type: ignore[arg-type]
                 else:
                     nodes.setdefault((int(first), int(second)), {})[column] = array
+            # the kernels that merge these look at nothing
+            channels = len(next(iter(nodes.values()), {}).get("images", ()))
+            for top in tops.values():
+                check_columns(top, _RANKED, (channels, top["score"].shape[-1]))
+            for (level, index), stats in nodes.items():
+                expect(0 <= level < 64 and 0 <= index < 1 << 48, f"node {level}/{index}")
+                check_columns(stats, _STATS, (channels,))
+            grey, held = dict(notes["grey"]), dict(notes["held"])
+            expect(channels > 0 and all(map(is_count, (*shards, *grey, *grey.values(), *held))), "numbers")
             return cls(
                 shards,
                 {key: Ranked(**columns) for key, columns in tops.items()},  # type: ignore[arg-type]
                 {node: Stats(**columns) for node, columns in nodes.items()},  # type: ignore[arg-type]
-                tuple(BadImage(**bad) for bad in notes["bad"]),
-                dict(notes["grey"]),
-                {shard: tuple((level, index) for level, index in nodes) for shard, nodes in notes["held"]},
+                tuple(BadImage.from_json(bad) for bad in notes["bad"]),
+                grey,
+                {shard: tuple((level, index) for level, index in nodes) for shard, nodes in held.items()},
             )
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        except FileNotFoundError:
+            raise
+        except (OSError, safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise MaxactError(f"{path}: not a state of a run ({error})") from error
+
+
+_RANKED = {"score": np.float32, "image": np.int64, "position": np.int32}
+_STATS = {
+    "images": np.int64,
+    "unfit": np.int64,
+    "active": np.int64,
+    "total": np.float64,
+    "square": np.float64,
+    "min": np.float32,
+    "max": np.float32,
+}
 
 
 class Tally:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import io
 import re
+import threading
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM")
+THUMB = 1 << 26  # pixels of a model input that a store keeps, at most
+_LARGE = 50_000_000  # pixels of a picture that is decoded alone
+_large = threading.Lock()
 # First bytes of what people also keep under .jpg, so that the reason can name it.
 OTHERS = {
     rb"GIF8": "GIF",
@@ -60,6 +65,19 @@ def open_picture(data: bytes) -> Image.Image:
         if re.match(pattern, data[:256], re.DOTALL | re.IGNORECASE):
             raise Refused(f"{name} is not supported")
     raise Refused(f"not an image: begins with {data[:16]!r}")
+
+
+def alone(picture: Image.Image) -> AbstractContextManager[object]:
+    """Inside, no other thread decodes a picture as large: a bomb takes its memory once, not once for every thread."""
+    return _large if picture.width * picture.height > _LARGE else nullcontext()
+
+
+def open_thumb(data: bytes) -> Image.Image:
+    """The picture in `data`, of a store, with its header read and no more; Refused where it is too large for one."""
+    picture = open_picture(data)
+    if picture.width * picture.height > THUMB:
+        raise Refused(f"{picture.width} x {picture.height} pixels: no model input is so large")
+    return picture
 
 
 def rgb(picture: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ Fit = Literal["crop", "squash", "pad"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST = 8192  # pixels of a model input's side, or of a resized picture's short one
 
 
 class Placement(NamedTuple):
@@ -59,9 +60,9 @@ class Preprocess:
             numbers = isinstance(value, (list, tuple)) and all(_is_number(v) for v in value)
             if numbers and (kind is float or all(isinstance(v, int) for v in value)):
                 object.__setattr__(self, name, tuple(kind(v) for v in value))
-        _expect(_is_size(self.resize), "resize", "a number of pixels above 0", self.resize)
+        _expect(_is_size(self.resize), "resize", f"1 to {LARGEST:,} pixels", self.resize)
         good = isinstance(self.crop, tuple) and len(self.crop) == 2 and all(_is_size(side) for side in self.crop)
-        _expect(good, "crop", "height and width in pixels, above 0", self.crop)
+        _expect(good, "crop", f"height and width, 1 to {LARGEST:,} pixels", self.crop)
         choices = get_args(Interpolation)
         _expect(self.interpolation in choices, "interpolation", " or ".join(choices), self.interpolation)
         _expect(self.fit in get_args(Fit), "fit", " or ".join(get_args(Fit)), self.fit)
@@ -184,7 +185,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
 def _is_triple(value: object) -> bool:

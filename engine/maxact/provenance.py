@@ -16,6 +16,7 @@ import torch
 
 from maxact import sources
 from maxact.catalog import PATH, is_dataset
+from maxact.urls import is_remote
 
 _PATHS = 20  # paths of images that a store lists
 _VERSIONED = ("maxact", "torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "zarr", "pillow")
@@ -28,7 +29,8 @@ def describe_source(images: object) -> Any:
     if isinstance(images, list | tuple):
         paths = [describe_source(image) for image in images]
         return paths if len(paths) <= _PATHS else f"{len(paths)} paths, sha256 {_digest(paths)}"
-    path = os.path.abspath(os.fsdecode(images))  # type: ignore[arg-type]
+    path = os.fsdecode(images)  # type: ignore[arg-type]
+    path = path if is_remote(path) else os.path.abspath(path)
     return path.encode("utf-8", "backslashreplace").decode()
 
 
@@ -68,5 +70,7 @@ def versions(device: torch.device) -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = platform.machine()
+    if device.type == "cuda":  # of another machine of a cluster, perhaps
+        name = torch.cuda.get_device_name(device) if (device.index or 0) < torch.cuda.device_count() else "elsewhere"
     return found | {"device": f"{device} ({name})"}

@@ -10,6 +10,7 @@ written with their colour at half the resolution (4:2:0), as nearly all are: at 
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 import threading
 from collections import deque
@@ -29,7 +30,7 @@ from maxact.errors import MaxactError, UsageError
 from maxact.fetch import check_readable, failure, fetch, was_missing
 from maxact.packed import plain
 from maxact.partial import BadImage
-from maxact.pictures import Refused, as_picture, line, open_picture, rgb
+from maxact.pictures import Refused, alone, as_picture, line, open_picture, rgb
 from maxact.preprocess import Preprocess
 
 LONGEST = 65_500  # pixels of a JPEG's side, in libjpeg
@@ -54,7 +55,7 @@ class PackConfig:
             ("short_side", 1 <= self.short_side <= LONGEST, f"1 to {LONGEST} pixels"),
             ("quality", 1 <= self.quality <= 100, "1 to 100"),
             ("shard_images", self.shard_images >= 1, "at least 1"),
-            ("max_megapixels", self.max_megapixels > 0, "more than 0"),
+            ("max_megapixels", 0 < self.max_megapixels < math.inf, "more than 0"),
         ):
             if not good:
                 raise UsageError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
@@ -73,15 +74,16 @@ def smaller(file: object, config: PackConfig) -> bytes:
             picture = as_picture(file)
         height, width = limits.place(picture.height, picture.width).size
         fits = min(picture.size) <= config.short_side
-        picture = rgb(picture)
+        with alone(picture):
+            picture = rgb(picture)
+            if not fits:
+                picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     except Refused:
         raise
     except Exception as error:
         raise Refused(f"{source}{line(error)}") from error
     if fits and isinstance(file, bytes) and source == "JPEG: ":
         return file
-    if not fits:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     if max(picture.size) > LONGEST:
         raise Refused(f"{picture.width} x {picture.height} pixels: a JPEG has at most {LONGEST:,} on a side")
     picture.info.clear()  # a comment would be written again

@@ -54,6 +54,14 @@ class TapResults:
         """[C]: channels that are never above zero."""
         return ~(self.stats["max"] > 0)
 
+    def check(self) -> None:
+        """Raises ValueError where a peak is on no image of the catalog or at no place of the map."""
+        for (score, _), (image, _, position) in self.lists.items():
+            if image.min(initial=-1) < -1 or image.max(initial=-1) >= len(self.catalog):
+                raise ValueError(f"{score}: an image that the catalog does not have")
+            if position is not None and not ((position[image >= 0] >= 0) & (position[image >= 0] < self.tap.map)).all():
+                raise ValueError(f"{score}: a position outside of the map")
+
     def first(self, ranks: dict[str, int]) -> TapResults:
         """The same with as many ranks as `ranks` says for each end."""
         return replace(self, lists={key: peaks.first(ranks[key[1]]) for key, peaks in self.lists.items()})

@@ -21,6 +21,7 @@ from maxact.catalog import Shard
 from maxact.errors import MaxactError
 from maxact.partial import BadImage
 from maxact.results import Peaks
+from maxact.sound import expect
 from maxact.topk import List
 from maxact_kernels.peaks import Peaks as Batch
 
@@ -91,9 +92,10 @@ class Exact:
             shards = frozenset(arrays.pop("shards").tolist())
             for name, array in arrays.items():
                 part, score, end = name.split("/")
+                expect(array.dtype == (np.float32 if part == "score" else np.int32) and array.ndim == 2, name)
                 parts[part][score, end] = array  # type: ignore[index]
-            bad = tuple(BadImage(**each) for each in notes["bad"])
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            bad = tuple(BadImage.from_json(each) for each in notes["bad"])
+        except (OSError, safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise MaxactError(f"{path}: is damaged ({error}); delete it and project again") from error
         return cls(shards, parts["score"], parts["position"], bad) if notes["about"] == about else None  # type: ignore[arg-type]
 
@@ -102,9 +104,17 @@ class Exact:
         """What the file that `save` wrote is about; None where there is none, or a damaged one."""
         try:
             with safetensors.safe_open(path, "numpy") as file:
-                about: str = json.loads(file.get_tensor("notes").tobytes())["about"]
-                return about
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError):
+                about = json.loads(file.get_tensor("notes").tobytes())["about"]
+                return about if isinstance(about, str) else None
+        except (
+            OSError,
+            safetensors.SafetensorError,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             return None
 
 

@@ -7,18 +7,21 @@ messages, as UTF-8 with lone surrogates for what is none. So neither the locale 
 import csv
 import errno
 import fnmatch
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import takewhile
+from functools import partial
+from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from braceexpand import braceexpand
 from natsort import natsort_keygen
 
-from maxact import archives, packed
+from maxact import archives, limits, packed, remote, urls
 from maxact.archives import Row, printable, show, text
 from maxact.errors import MaxactError, UsageError
+from maxact.urls import is_remote
 
 # The last ones can be decoded by no decoder here; they are listed so that they show as bad instead of missing.
 IMAGES = frozenset(
@@ -30,32 +33,42 @@ IMAGES = frozenset(
 LISTS = frozenset(["txt", "lst", "list", ""])
 ARCHIVES = frozenset(["tar", "parquet"])
 COMPRESSED = frozenset(["tgz", "tbz", "tbz2", "txz", "tzst", "gz", "bz2", "xz", "zst"])
+FILES = IMAGES | LISTS - {""} | ARCHIVES | COMPRESSED | {"csv"}
+
+_WEB = "few web servers list their folders: give a list (.txt, .csv, .parquet) of URLs, or tar archives"
 
 MISSING = frozenset([errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG])
 
 natural: Callable[[str], object] = natsort_keygen()
 
+A = TypeVar("A")
+Entry = os.DirEntry[bytes] | remote.Item
+
 
 class Place(NamedTuple):
     """One file or folder that a source names."""
 
-    path: bytes  # absolute
+    path: bytes  # absolute, or a URL
     pattern: tuple[str, ...]  # the components below the folder `path` that are to be matched; () for a file
     key: str  # what the keys of its images start with
     label: str  # of the files directly in it
 
 
 def find(source: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Iterator[Row]:
-    """The images of one folder, glob, list, archive or picture.
+    """The images of one folder, glob, list, archive or picture, here or at a URL.
 
     MaxactError: it is missing, cannot be read or indexed, or holds no image.
     """
-    name = os.path.expanduser(os.fsdecode(source))
+    name = os.fsdecode(source)
+    far = is_remote(name)
+    name = name if far else os.path.expanduser(name)
     found = False
-    for place in _places(name):
-        for row in _folder(place) if place.pattern else _file(place.path, place.key):
+    for several, places in groupby(_far_places(name) if far else _places(name), _is_archive):
+        for row in _each(_at, places, far and several):
             found = True
             yield row
+    if not found and urls.is_web(name):
+        raise MaxactError(f"{printable(name)} shows no images: {_WEB}")
     if not found:
         raise MaxactError(
             f"{printable(name)} holds no images: looked for files that end in .jpg, .png, .webp, … in any case, "
@@ -72,7 +85,7 @@ def _places(name: str) -> Iterator[Place]:
     if not _magic(name):
         raise MaxactError(f"{printable(name)} does not exist")
     try:
-        names = list(braceexpand(name)) if "{" in name else [name]
+        names = _expand(name)
     except ValueError:
         raise MaxactError(f"{printable(name)} does not exist, and its braces do not pair up") from None
     # Keys are relative to the folder that all of them share: the components before the first wildcard or brace.
@@ -92,6 +105,20 @@ def _places(name: str) -> Iterator[Place]:
         yield Place(os.fsencode(path), below, key, os.path.basename(os.path.normpath(path)))
 
 
+def _expand(name: str) -> list[str]:
+    """The names that a name with braces stands for. ValueError: they do not pair up. UsageError: too many."""
+    if "{" not in name:
+        return [name]
+    try:
+        limits.check_ranges(name)
+    except ValueError as error:
+        raise UsageError(f"{printable(name)}: {error}") from None
+    names = list(islice(braceexpand(name), limits.NAMES + 1))
+    if len(names) > limits.NAMES:
+        raise UsageError(f"{printable(name)}: its braces stand for more than {limits.NAMES:,} names")
+    return names
+
+
 def _exists(path: str | Path) -> bool:
     try:
         os.stat(path)
@@ -104,24 +131,91 @@ def _exists(path: str | Path) -> bool:
     return True
 
 
-def _magic(name: str) -> bool:
-    return any(letter in name for letter in "*?[{")
+def _magic(name: str, letters: str = "*?[{") -> bool:
+    return any(letter in name for letter in letters)
+
+
+def _far_places(url: str) -> Iterator[Place]:
+    """The same for a URL. What ends like a file is taken for one without asking: its index is asked for soon enough."""
+    magic = partial(_magic, letters="*[{" if urls.is_web(url) else "*?[{")  # what follows ? is a query there
+    names = urls.names(url)
+    if not names[0]:
+        raise MaxactError(f"{printable(url)} names no bucket or host")
+    bucket_is_magic = magic(names[0]) and not urls.is_web(url)
+    if not bucket_is_magic and (is_folder := _far_is_folder(url, magic(url))) is not None:
+        key = "" if is_folder else names[-1]
+        yield Place(_encode(url), ("**",) if is_folder else (), key, "")
+        return
+    try:
+        expanded = _expand(url)
+    except ValueError:
+        raise MaxactError(f"{printable(url)} does not exist, and its braces do not pair up") from None
+    base = sum(1 for _ in takewhile(lambda part: not magic(part), names))
+    for each in expanded:
+        root, parts = urls.split(each)
+        fixed = [*takewhile(lambda part: not magic(part), parts)]
+        if not fixed:
+            raise MaxactError(f"{printable(url)}: a wildcard cannot stand for a bucket or a host")
+        if len(fixed) == len(parts):
+            below: tuple[str, ...] = ("**",) if _far_is_folder(each, False) else ()
+        else:
+            each, below = root + "/".join(fixed), (*parts[len(fixed) :], "**")
+        names = urls.names(each)
+        yield Place(_encode(each), below, "/".join(names[base:]), names[-1])
+
+
+def _encode(url: str) -> bytes:
+    return url.rstrip("/").encode("utf-8", "surrogateescape")
+
+
+def _far_is_folder(url: str, magic: bool) -> bool | None:
+    """Whether a URL names a folder; None where it is a pattern, and no name of anything."""
+    if not magic and archives.suffix(urls.names(url)[-1]) in FILES and not url.endswith("/"):
+        return False
+    try:
+        return remote.stat(url.encode("utf-8", "surrogateescape")).folder
+    except OSError as error:
+        if magic and isinstance(error, FileNotFoundError | PermissionError):
+            return None
+        advice = f"; {_WEB}" if urls.is_web(url) else ""
+        raise MaxactError(f"cannot read {printable(url)}: {error.strerror}{advice}") from None
+
+
+def _is_archive(place: Place) -> bool:
+    return not place.pattern and archives.suffix(place.key) in ARCHIVES
+
+
+def _at(place: Place) -> Iterator[Row]:
+    return _folder(place) if place.pattern else _file(place.path, place.key)
+
+
+def _each(rows: Callable[[A], Iterator[Row]], items: Iterable[A], far: bool) -> Iterator[Row]:
+    """The rows of one item after the other; far away, of several at a time."""
+    if not far:
+        return chain.from_iterable(map(rows, items))
+    return chain.from_iterable(remote.ahead(lambda item: list(rows(item)), items))
 
 
 def _folder(place: Place) -> Iterator[Row]:
     """The picture files of a folder, or where it has none, the images in its archives."""
     found = False
-    for key, label, entry in _walk(place, IMAGES):
+    for row in (remote.ahead if urls.is_web(place.path) else map)(_picture, _walk(place, IMAGES)):
         found = True
-        yield key, label, entry.path, 0, *_length_and_modified(entry.path)
+        yield row
     if not found:
         packed.check_finished(place.path, whole=place.pattern == ("**",))
-        for key, _, entry in _walk(place, ARCHIVES):
-            if not packed.is_record(entry.path):
-                yield from _file(entry.path, key)
+        held = (each for each in _walk(place, ARCHIVES) if not packed.is_record(each[2].path))
+        yield from _each(lambda each: _file(each[2].path, each[0]), held, is_remote(place.path))
 
 
-def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, os.DirEntry[bytes]]]:
+def _picture(found: tuple[str, str, Entry]) -> Row:
+    key, label, entry = found
+    if isinstance(entry, remote.Item) and entry.status:
+        return key, label, entry.path, 0, entry.status.size, entry.status.modified
+    return key, label, entry.path, 0, *_length_and_modified(entry.path)
+
+
+def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, Entry]]:
     """Key, label and entry of every file below a folder that matches its pattern, in natural order.
 
     Links to folders are followed, but never into a folder that the walk is already inside. The last component of the
@@ -141,9 +235,11 @@ def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, os
 
     def visit(
         folder: bytes, key: str, label: str, states: frozenset[int], above: frozenset[tuple[int, int]]
-    ) -> Iterator[tuple[str, str, os.DirEntry[bytes]]]:
+    ) -> Iterator[tuple[str, str, Entry]]:
         with archives.reading(folder):
             status = os.stat(folder)
+        if len(above) >= limits.DEEP:
+            raise MaxactError(f"{show(folder)}: lies in more than {limits.DEEP} folders, one in the other")
         here = (status.st_dev, status.st_ino)
         if here in above:
             return
@@ -155,7 +251,25 @@ def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, os
             elif last in reached:
                 yield key + name, label, entry
 
-    return visit(place.path, place.key and place.key + "/", place.label, frozenset(starts(0)), frozenset())
+    def visit_far(
+        listing: list[tuple[str, bool, remote.Item]], key: str, label: str, states: frozenset[int]
+    ) -> Iterator[tuple[str, str, Entry]]:
+        everything = last in states
+        reached = [states if everything else reach(states, name) for name, _, _ in listing]
+        folders = [
+            entry.path for (_, is_folder, entry), then in zip(listing, reached, strict=True) if is_folder and then
+        ]
+        below = remote.ahead(partial(_far_listing, suffixes=suffixes), folders)
+        for (name, is_folder, entry), then in zip(listing, reached, strict=True):
+            if is_folder and then:
+                yield from visit_far(next(below), f"{key}{name}/", name, then)
+            elif not is_folder and last in then:
+                yield key + name, label, entry
+
+    first, key = frozenset(starts(0)), place.key and place.key + "/"
+    if is_remote(place.path):
+        return visit_far(_far_listing(place.path, suffixes), key, place.label, first)
+    return visit(place.path, key, place.label, first, frozenset())
 
 
 def _matches(name: str, component: str) -> bool:
@@ -177,6 +291,14 @@ def _listing(folder: bytes, suffixes: frozenset[str]) -> list[tuple[str, bool, o
     return listing
 
 
+def _far_listing(folder: bytes, suffixes: frozenset[str]) -> list[tuple[str, bool, remote.Item]]:
+    """The same of a URL."""
+    with archives.reading(folder):
+        found = [(item.name, item.folder, item) for item in remote.listing(folder) if not item.name.startswith(".")]
+    found = [item for item in found if item[1] or archives.suffix(item[0]) in suffixes]
+    return sorted(found, key=lambda item: (natural(item[0]), item[0]))
+
+
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
@@ -188,7 +310,8 @@ def _file(path: bytes, key: str) -> Iterator[Row]:
     """The images that a single file is, holds or lists."""
     suffix = archives.suffix(key)
     if suffix in IMAGES:
-        return iter([(key, _parent(key, path), path, 0, *_length_and_modified(path))])
+        label = "".join(urls.names(text(path))[-2:-1]) if is_remote(path) else _parent(key, path)
+        return iter([(key, label, path, 0, *_length_and_modified(path))])
     if suffix == "tar":
         return packed.rows(path) or archives.tar_rows(path, key, IMAGES)
     if suffix == "parquet":
@@ -208,16 +331,32 @@ def _file(path: bytes, key: str) -> Iterator[Row]:
 
 
 def _listed(path: bytes, lines: Iterable[tuple[bytes, str | None]]) -> Iterator[Row]:
-    """The rows of a list of paths and labels, None for the folder's name. At least one of the files must be there."""
-    folder = os.path.dirname(path) + b"/"
-    first, exists = b"", False
-    for line, label in lines:
-        source = line if line.startswith(b"/") else folder + line
+    """The rows of a list of paths, or URLs, and labels, None for the folder's name. At least one file must be there."""
+    folder, far, lines = os.path.dirname(path) + b"/", is_remote(path), iter(lines)
+    beginning = next(lines, None)
+    if beginning is None:
+        return
+
+    def row(item: tuple[bytes, str | None]) -> Row:
+        line, label = item
         key = text(line)
-        length, modified = _length_and_modified(source)
-        first, exists = first or source, exists or length > 0 or modified != 0
-        yield key, _parent(key, source) if label is None else label, source, 0, length, modified
-    if first and not exists:
+        if far or b"://" in line:
+            source = urls.resolve(path, line)
+            name = "".join(urls.names(text(source))[-2:-1]) if label is None and is_remote(source) else label
+        else:
+            source, name = line if line.startswith(b"/") else folder + line, label
+        return key, _parent(key, source) if name is None else name, source, 0, *_length_and_modified(source)
+
+    several = far or is_remote(beginning[0])
+    exists = False
+    for found in (remote.ahead if several else map)(row, chain([beginning], lines)):
+        exists = exists or found[4] > 0 or found[5] != 0
+        yield found
+    if not exists:
+        first = urls.resolve(path, beginning[0])
+        if is_remote(first):
+            with archives.reading(first):  # says why
+                remote.stat(first)
         raise MaxactError(
             f"none of the files that {show(path)} lists can be found, the first of them {show(first)}: relative paths "
             "start at the folder of the list"
@@ -232,8 +371,8 @@ def _parent(key: str, source: bytes) -> str:
 
 
 def _text_lines(path: bytes) -> Iterator[tuple[bytes, None]]:
-    with archives.reading(path), open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+    with archives.reading(path), archives.open_file(path) as file:
+        for number, line in enumerate(limits.lines(file), start=1):
             line = line.rstrip(b"\r\n")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -246,9 +385,10 @@ def _text_lines(path: bytes) -> Iterator[tuple[bytes, None]]:
 def _csv_lines(path: bytes) -> Iterator[tuple[bytes, str | None]]:
     with (
         archives.reading(path),
-        open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+        archives.open_file(path) as raw,
+        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
     ):
-        rows = csv.reader(file, strict=True)
+        rows = csv.reader(limits.lines(file), strict=True)
         try:
             header = next(rows, [])
             names = [name.strip().lower() for name in header]
@@ -271,6 +411,8 @@ def _csv_lines(path: bytes) -> Iterator[tuple[bytes, str | None]]:
 def _length_and_modified(path: bytes) -> tuple[int, int]:
     """Size and modification time in nanoseconds; 0 and 0 for a file that is missing, which reading reports as bad."""
     try:
+        if b"://" in path and is_remote(path):
+            return remote.stat(path)[:2]
         status = os.stat(path)
     except OSError as error:
         if error.errno in MISSING:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from maxact_kernels import moments
 from maxact_kernels.peaks import Peaks
 
+STATISTICS = ("active", "count", "max", "mean", "min", "std")  # what `describe` gives
+
 
 @dataclass(frozen=True)
 class Stats:

@@ -36,8 +36,18 @@ class Tap:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Tap:
-        """What `to_json` gave, also after a round through JSON."""
-        return cls(**(values | {"map": tuple(values["map"])}))
+        """What `to_json` gave, also after a round through JSON. Raises ValueError or TypeError for what is no tap."""
+        tap = cls(**(values | {"map": tuple(values["map"])}))
+        words, numbers = (tap.name, tap.module, tap.layer, tap.kind), (tap.call, tap.channels, tap.axis, *tap.map)
+        if not all(isinstance(word, str) for word in words) or not all(type(number) is int for number in numbers):
+            raise TypeError(f"tap {tap.name!r}: a name is no text, or a number no whole one")
+        # the name is that of a folder of the store
+        if tap.name in ("", ".", "..") or "/" in tap.name or "\0" in tap.name:
+            raise ValueError(f"tap {tap.name!r}: cannot bear this name")
+        good = tap.channels >= 1 and tap.call >= 0 and tap.axis in (1, -1)
+        if not good or len(tap.map) != 2 or min(tap.map) < 1 or max(tap.channels, tap.positions) >= 1 << 31:
+            raise ValueError(f"tap {tap.name!r}: a number of it cannot be")
+        return tap
 
 
 def columns(taps: Iterable[Tap]) -> Iterator[tuple[Tap, int, int]]:

@@ -40,7 +40,13 @@ class Thumbs:
             raise MaxactError(f"{path}: is not there; run `maxact project` on the store")
         with reading(os.fsencode(path)):
             self._file = pq.ParquetFile(pa.OSFile(os.fsencode(path)))
+            groups = [self._file.metadata.row_group(index) for index in range(self._file.num_row_groups)]
+            short = [group for group in groups[:-1] if group.num_rows != _GROUP]
+            if self._file.schema_arrow != _SCHEMA or short or any(group.num_rows > _GROUP for group in groups):
+                raise pa.ArrowInvalid("it is no file of pictures made by maxact")
             self.numbers = self._file.read(["image"])["image"].to_numpy()
+            if self.numbers.dtype != np.int64 or (np.diff(self.numbers) <= 0).any():
+                raise pa.ArrowInvalid("its images are not in order")
         self._last: tuple[int, pa.ChunkedArray] | None = None
 
     def __contains__(self, number: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import zarr
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from maxact.config import Method, Seed
 from maxact.errors import MaxactError
+from maxact.sound import check_array, expect, is_count
 
 Cut = Literal["field", "focus"]
 _CHUNK = 4 << 20  # bytes that a chunk may have
 _MOST = 64  # channels that one may have
+_SIDE = 1 << 14  # pixels of a crop's side, or units of a map's, at most
 _NAMES = ("box", "focus_box", "crop_box", "source_box", "crop", "map", "projection", "projection_scale")
 
 
@@ -70,9 +72,21 @@ class Layout:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layout:
-        """What `to_json` gave, also after a round through JSON."""
+        """What `to_json` gave, also after a round through JSON. Raises one of several errors for what is no layout."""
         tuples = {name: tuple(values[name]) if values[name] is not None else None for name in _TUPLES}
-        return cls(**({**values} | tuples))
+        layout = cls(**({**values} | tuples))
+        sides = (*layout.frame, *(layout.map or (1, 1)))
+        numbers = (layout.channels, layout.ranks, layout.shown, *sides)
+        expect(all(map(is_count, numbers)) and min(numbers) > 0 and len(sides) == 4, "layout: numbers")
+        expect(layout.shown <= layout.ranks and max(sides) <= _SIDE, "layout: sizes")
+        scale = layout.scale is None or (isinstance(layout.scale, int | float) and 0 < layout.scale <= 1)
+        known = (
+            layout.cut in get_args(Cut)
+            and layout.seed in get_args(Seed)
+            and set(layout.methods) <= set(get_args(Method))
+        )
+        expect(scale and known, "layout: words")
+        return layout
 
 
 _TUPLES = ("frame", "map", "methods")
@@ -120,12 +134,15 @@ class Winners:
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """One array's channels from `start` to `stop`, the ranks that are shown. Raises MaxactError for a name that
         is not there, or where it is damaged."""
-        if name not in self.layout.arrays():
-            raise MaxactError(f"{self._group.path}: has no {name}; it has {', '.join(self.layout.arrays())}")
+        arrays = self.layout.arrays()
+        if name not in arrays:
+            raise MaxactError(f"{self._group.path}: has no {name}; it has {', '.join(arrays)}")
+        rest, kind, *_ = arrays[name]
         try:
+            check_array(self._group[name], kind, (self.layout.channels, self.layout.ranks, *rest), start, stop)
             values: NDArray[Any] = self._group[name][start:stop, : self.layout.shown]  # type: ignore[index,assignment]
             return values
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError) as error:
             raise MaxactError(f"{self._group.path}/{name}: is missing or damaged; project again") from error
 
     def projected(self) -> NDArray[np.bool_]:

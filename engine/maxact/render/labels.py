@@ -62,7 +62,10 @@ def _of_lines(path: Path, text: str) -> dict[str, str]:
     delimiter = _delimiter(path, [line for _, line in lines])
     names = {}
     for number, line in lines:
-        parts = line.split(None, 1) if delimiter is None else _columns(line, delimiter)
+        try:
+            parts = line.split(None, 1) if delimiter is None else _columns(line, delimiter)
+        except csv.Error as error:
+            raise MaxactError(f"{path}: line {number}: {error}; {_EXPECTED}") from error
         parts = [" ".join(part.split()) for part in parts]
         if len(parts) != 2 or not all(parts):
             raise MaxactError(f"{path}: line {number}: expected a code and words, got {line.strip()[:60]!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,6 +24,7 @@ PAPER, INK, GREY, FAINT = (255, 255, 255), (25, 25, 25), (120, 120, 120), (236, 
 MARGIN = 30
 _DPI = 300
 _A4 = (3508, 2480)  # 297 x 210 mm at 300 dpi
+_WORDS = 500  # characters that no line has room for
 _BORDER = 59  # 5 mm, where many printers do not reach
 
 
@@ -124,11 +126,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def shorten(words: str, width: float, font: ImageFont.FreeTypeFont) -> str:
     """As many characters as fit `width` pixels, with an ellipsis where that is not all."""
-    if font.getlength(words) <= width:
+    if len(words) <= _WORDS and font.getlength(words) <= width:
         return words
-    while words and font.getlength(words + "…") > width:
-        words = words[:-1]
-    return words.rstrip() + "…"
+    words = words[:_WORDS]
+    # the most characters that fit: a label of thousands would be measured thousands of times
+    fit = bisect_left(range(len(words)), True, key=lambda count: font.getlength(words[: count + 1] + "…") > width)
+    return words[:fit].rstrip() + "…"
 
 
 def write_pages(

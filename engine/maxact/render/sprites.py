@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maxact.errors import MaxactError
+from maxact.pictures import Refused, open_thumb, rgb
 from maxact.render.tiles import SMALL, stretch, surroundings
 from maxact.store import Store
 from maxact.thumbs import Thumbs
@@ -229,9 +230,8 @@ class Pictures:
         try:
             with self._lock:
                 data = thumbs[number]
-            with Image.open(io.BytesIO(data)) as opened:
-                return opened.convert("RGB")
-        except (OSError, ValueError) as error:  # Arrow's are one or the other
+            return rgb(open_thumb(data))
+        except (OSError, ValueError, Refused, LookupError, TypeError) as error:  # Arrow's are among them
             raise MaxactError(f"{self._path}: the picture of image {number} is damaged; project again") from error
 
 

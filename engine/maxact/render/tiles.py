@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from maxact.errors import MaxactError
 from maxact.field import Box
-from maxact.pictures import open_picture, rgb
+from maxact.pictures import open_thumb, rgb
 from maxact.store import Store
 from maxact.thumbs import Thumbs
 from maxact.topk import List
@@ -149,7 +149,7 @@ class Tiles:
         if self._thumbs is None or image not in self._thumbs:
             return None
         try:
-            return rgb(open_picture(self._thumbs[image]))
+            return rgb(open_thumb(self._thumbs[image]))
         except Exception as error:  # what a codec may raise
             raise MaxactError(f"{self.store.path}/thumbs.parquet: image {image} is damaged; project again") from error
 
