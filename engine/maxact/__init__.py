@@ -21,9 +21,10 @@ from maxact.errors import MaxactError, UsageError
 if TYPE_CHECKING:
     from maxact.bench import bench
     from maxact.catalog import Catalog
-    from maxact.export import export
+    from maxact.export import export, export_pooled
     from maxact.fields import fields
     from maxact.pack import pack
+    from maxact.pooled import Pooled
     from maxact.process import Interrupted, Progress
     from maxact.results import TapResults
     from maxact.run import scan, scan_together
@@ -36,6 +37,7 @@ __all__ = [
     "Catalog",
     "Interrupted",
     "MaxactError",
+    "Pooled",
     "Progress",
     "Store",
     "TapResults",
@@ -43,6 +45,7 @@ __all__ = [
     "Winners",
     "bench",
     "export",
+    "export_pooled",
     "fields",
     "open",
     "pack",
@@ -54,12 +57,14 @@ __all__ = [
 _HOMES = {
     "Catalog": "catalog",
     "Interrupted": "process",
+    "Pooled": "pooled",
     "Progress": "process",
     "Store": "store",
     "TapResults": "results",
     "Winners": "winners",
     "bench": "bench",
     "export": "export",
+    "export_pooled": "export",
     "fields": "fields",
     "pack": "pack",
     "project": "run_project",

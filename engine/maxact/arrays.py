@@ -18,9 +18,14 @@ from maxact.field import Field
 from maxact.files import sync_file, sync_folder, writing
 from maxact.manifest import Manifest
 from maxact.results import Peaks
+from maxact.sound import check_array, check_manifest
 from maxact.topk import List
 
-DAMAGE = (OSError, KeyError, ValueError, RuntimeError, zarr.errors.BaseZarrError)  # what reading a broken store raises
+# what reading a broken store raises: nearly anything
+DAMAGE = (
+    *(OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, RuntimeError),
+    zarr.errors.BaseZarrError,
+)
 _CHUNK = 2 << 20  # bytes that a chunk may have
 
 
@@ -28,15 +33,21 @@ def read_manifest(path: Path) -> Manifest:
     """How the store at `path` was made. Raises MaxactError where there is none."""
     try:
         values: Any = open_group(path).attrs["maxact"]
-    except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
+    except DAMAGE as error:
         raise MaxactError(f"{path}: not a maxact store (make one with `maxact scan`)") from error
-    return Manifest.from_json(values, path)
+    manifest = Manifest.from_json(values, path)
+    try:
+        check_manifest(manifest)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise MaxactError(f"{path}: its attribute maxact is damaged ({error})") from error
+    return manifest
 
 
 def open_group(path: Path, place: str = "") -> Any:
     """A group of the store at `path`, for reading: the root, or without a look at that, the one at `place`."""
     # the consolidated metadata would make empty arrays of files that are gone
-    return zarr.open_group(path, path=place, mode="r", use_consolidated=False)
+    # and an older format of Zarr may have pickles in it, which run code
+    return zarr.open_group(path, path=place, mode="r", zarr_format=3, use_consolidated=False)
 
 
 @contextmanager
@@ -45,7 +56,7 @@ def changing(path: Path, advice: str) -> Iterator[Any]:
     with writing(path, advice), warnings.catch_warnings():
         # Zarr 3 calls consolidated metadata an extension, and the Parquet files beside the arrays unknown
         warnings.simplefilter("ignore")
-        yield zarr.open_group(path, mode="r+", use_consolidated=False)
+        yield zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
 
 
 def create_group(path: Path, manifest: Manifest) -> None:
@@ -59,8 +70,19 @@ def consolidate(path: Path) -> Any:
     return zarr.consolidate_metadata(path)
 
 
-def read_peaks(place: Any, key: List) -> Peaks:
-    return Peaks(place["image"][:], place["score"][:], place["position"][:] if key[0] == "max" else None)
+def read_peaks(place: Any, key: List, channels: int) -> Peaks:
+    """One list of peaks. Raises one of DAMAGE where it is not there, or no such list of so many channels."""
+    image = read_array(place, "image", np.int64, (channels, None))
+    score = read_array(place, "score", np.float32, image.shape)
+    position = read_array(place, "position", np.int32, (*image.shape, 2)) if key[0] == "max" else None
+    return Peaks(image, score, position)
+
+
+def read_array(group: Any, name: str, kind: Any, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    """One array of a group, looked at before it is read. Raises one of DAMAGE."""
+    check_array(group[name], kind, shape)
+    values: NDArray[Any] = group[name][:]
+    return values
 
 
 def write_peaks(node: zarr.Group, place: str, peaks: Peaks, dimension: str) -> None:

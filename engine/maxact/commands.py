@@ -172,7 +172,10 @@ def _draw(loaded: Any, found: Any, fields: Any, name: str, image: str | None, ou
         pixels = visible(read[0].pixels).round().byte().permute(1, 2, 0).numpy()
     rows, columns = taps[name].map
     with writing(Path(out)):
-        draw_field(pixels, fields[name], (rows // 2, columns // 2)).save(out)
+        try:
+            draw_field(pixels, fields[name], (rows // 2, columns // 2)).save(out)
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"out: expected a file such as field.png, got {out!r} ({error})") from error
     print(f"{out}: the field of the unit in row {rows // 2}, column {columns // 2} of {name}")
     return 0
 
@@ -201,10 +204,19 @@ def info(store: str, as_json: bool) -> int:
     return 0
 
 
-def export(store: str, out: str) -> int:
+def export(store: str, out: str, pooled: bool, layers: list[str] | None, quiet: bool) -> int:
     """`maxact export`."""
-    from maxact.export import export
+    from maxact.errors import UsageError
+    from maxact.export import export, export_pooled
+    from maxact.progress import counting, display
 
+    if layers and not pooled:
+        raise UsageError("--layers is for --pooled; give it, too")
+    if pooled:
+        with display(quiet) as report:
+            files = export_pooled(store, out, layers=layers or (), report=counting(report, "writing", "files"))
+        print(f"{out}: {files:,} files")
+        return 0
     print(f"{out}: {export(store, out):,} rows")
     return 0
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from maxact.dense import size
 from maxact.errors import MaxactError
+from maxact.pooled import disk_bytes
 from maxact.store import Store
 
 
@@ -36,9 +38,32 @@ def describe(store: Store) -> dict[str, Any]:
         images = sum(shard.stop - shard.start for shard in shards if shard.index in done)
         facts["summary"] = f"unfinished: {images:,} of {count:,} images, {len(done)} of {len(shards)} shards"
     facts["projected"] = manifest.projected or "not yet (maxact project)"
+    facts["pooled"] = _pooled(store)
     facts["taps"] = _taps(store)
     facts["errors"] = store.errors().to_pylist()
     return facts
+
+
+def _pooled(store: Store) -> dict[str, Any] | str:
+    """Of every image's values: what they are, what they take on the disk, and the share of images that have none."""
+    kind = store.manifest.settings["pooled"]
+    if not kind:
+        return "not kept (maxact scan --pooled)"
+    if store.manifest.finished:
+        summary = store.manifest.summary or {}
+        there, without = summary["images"], summary["images"] - summary["scanned"]
+    else:
+        state = store.state()
+        done = state.shards if state else frozenset()
+        there = sum(shard.stop - shard.start for shard in store.catalog.shards(store.shard) if shard.index in done)
+        without = len(state.bad) + sum(state.grey.values()) if state else 0
+    return {
+        "value": kind,
+        "images": there,
+        "without_value": round(without / there, 6) if there else 0.0,
+        "bytes": disk_bytes(store.path),
+        "uncompressed": size(there, sum(tap.channels for tap in store.manifest.taps)),
+    }
 
 
 def _taps(store: Store) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from maxact import pooled
 from maxact.archives import reading
 from maxact.arrays import (
     DAMAGE,
@@ -30,6 +32,7 @@ from maxact.arrays import (
     consolidate,
     create_group,
     open_group,
+    read_array,
     read_manifest,
     read_peaks,
     sync_attributes,
@@ -38,17 +41,23 @@ from maxact.arrays import (
     write_peaks,
 )
 from maxact.catalog import Catalog
+from maxact.config import ScanConfig
+from maxact.dense import FOLDER
 from maxact.errors import MaxactError
 from maxact.field import Field
-from maxact.files import leftovers, replace_file, sync_tree, writing
+from maxact.files import leftovers, replace_file, sync_folder, sync_tree, writing
 from maxact.inputs import Inputs
 from maxact.lock import check_place, is_state, lock
 from maxact.manifest import Manifest, shorten
 from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
+from maxact.pooled import Pooled
 from maxact.preprocess import Preprocess
+from maxact.process import show_bytes
 from maxact.results import Peaks, TapResults, of_partial
 from maxact.settle import Exact
+from maxact.sound import is_count, is_words
+from maxact.stats import STATISTICS
 from maxact.tap import Tap, columns
 from maxact.thumbs import Thumbs
 from maxact.topk import List
@@ -111,7 +120,7 @@ class Store:
         states = self._states()
         number = states[-1][0] + 1 if states else 0
         path = self.path / "run" / f"state-{number}"
-        with writing(path, _ADVICE):
+        with writing(path, f"it needs {show_bytes(partial.nbytes)}; {_ADVICE}"):
             replace_file(path, partial.save)
             for _, old in states:
                 old.unlink()
@@ -120,15 +129,31 @@ class Store:
         """What the last commit wrote; None before the first."""
         while states := self._states():
             try:
-                return Partial.load(states[-1][1])
+                state = Partial.load(states[-1][1])
             except FileNotFoundError:  # a run that goes on has committed once more
                 continue
+            self._check_state(states[-1][1], state)
+            return state
         return None
+
+    def _check_state(self, path: Path, state: Partial) -> None:
+        """Raises MaxactError for a state that is none of this store: it would be merged with what is scanned."""
+        settings, images = self.manifest.settings, len(self.catalog)
+        channels = sum(tap.channels for tap in self.manifest.taps)
+        kept = {key: (channels, k) for key, k in ScanConfig.from_json(settings).kept().items()}
+        shards = -(-images // settings["shard"])
+        good = {key: top.score.shape for key, top in state.tops.items()} == kept
+        for top in state.tops.values():
+            good &= bool(top.image.min(initial=-1) >= -1 and top.image.max(initial=-1) < images)
+        good &= max((*state.shards, *state.grey, *state.held), default=0) < shards
+        good &= all(len(stats.images) == channels for stats in state.stats.values())
+        if not good or any(bad.image >= images for bad in state.bad):
+            raise MaxactError(f"{path}: is no state of this store; start again with --overwrite")
 
     def _states(self) -> list[tuple[int, Path]]:
         """The states that are there, by number: one, or two where a commit was cut short before it tidied up."""
         names = filter(is_state, (self.path / "run").glob("state-*"))
-        return sorted((int(path.name[6:]), path) for path in names)
+        return sorted((int(path.name[6:]), path) for path in names if path.is_file())
 
     def finish(self, partial: Partial, fields: Mapping[str, Field] | None = None) -> None:
         """Writes the Zarr arrays and errors.parquet from the run's whole result.
@@ -143,7 +168,7 @@ class Store:
             "grey": sum(partial.grey.values()),
         }
         stats = partial.total()
-        with changing(self.path, _ADVICE) as group:
+        with changing(self.path, f"it needs about {show_bytes(partial.nbytes)}; {_ADVICE}") as group:
             for tap, start, stop in columns(self.manifest.taps):
                 self._write_tap(group, of_partial(self.catalog, tap, partial, stats, start, stop))
                 if fields:
@@ -154,9 +179,48 @@ class Store:
             group = consolidate(self.path)
             for left in leftovers(self.path.rglob("*")):
                 left.unlink()
-            sync_tree(self.path)
+            # but for tens of thousands of files that were synced when they were written
+            for entry in self.path.iterdir():
+                if entry.is_dir() and entry.name != FOLDER:
+                    sync_tree(entry)
+            sync_folder(self.path)
             self._mark(group, finished=True, summary=summary)
             self.tidy()
+
+    def start_pooled(self) -> None:
+        """Starts the arrays of every image's values, if they are to be kept and are not there yet.
+
+        Raises MaxactError where they are gone.
+        """
+        settings, taps = self.manifest.settings, self.manifest.taps
+        if not settings["pooled"]:
+            return
+        if missing := pooled.missing(self.path, taps, settings["pooled"]):
+            if self.manifest.finished or self._states():
+                where = f"{self.path}/{FOLDER}"
+                raise MaxactError(f"{where}: the values of {missing[0].name} are gone; scan again with --overwrite")
+            with changing(self.path, _ADVICE) as group:
+                pooled.create(group, missing, settings["pooled"], self.manifest.images["count"], self.shard)
+                sync_tree(self.path / FOLDER)
+        with writing(self.path, _ADVICE):
+            pooled.tidy(self.path)
+
+    def pooled(self, tap: str) -> Pooled:
+        """Every image's value of every channel of a tap, where the scan kept them (`pooled`); of an unfinished store
+        those of the last commit. Raises MaxactError where there are none."""
+        if tap not in set(self):
+            raise MaxactError(f"{self.path}: has no tap {tap!r}; it has {shorten(', '.join(self))}")
+        kind = self.manifest.settings["pooled"]
+        if not kind:
+            raise MaxactError(f"{self.path}: was scanned without --pooled, so it has no value of every image")
+        done = None
+        if not self.manifest.finished:
+            state = self.state()
+            done = state.shards if state else frozenset()
+        table = self.errors()
+        bad = table.filter(pc.not_equal(table["stage"], "project"))["image"].to_numpy()
+        found = next(each for each in self.manifest.taps if each.name == tap)
+        return Pooled(self.path, found, kind, self.manifest.images["count"], self.shard, done, bad)
 
     def reopen(self) -> None:
         """Marks a finished store as unfinished again, before more is scanned into it; what was projected is void."""
@@ -172,7 +236,7 @@ class Store:
     def settling(self) -> dict[Path, dict[str, Any]]:
         """The states of settling runs, and what each is about: nothing where it is damaged."""
         paths = sorted((self.path / "run").glob("settling-*"))
-        return {path: json.loads(Exact.about(path) or "{}") for path in paths}
+        return {path: _settling(Exact.about(path)) for path in paths}
 
     def _forget_settling(self) -> None:
         for path in self.settling():
@@ -236,7 +300,17 @@ class Store:
                 f"{self.path}: nothing is committed yet; wait for the first commit or start the scan again"
             )
         stats, ranks = state.total(), self.manifest.settings
-        return lambda name: of_partial(self.catalog, places[name][0], state, stats, *places[name][1:]).first(ranks)
+
+        def read(name: str) -> TapResults:
+            found = of_partial(self.catalog, places[name][0], state, stats, *places[name][1:])
+            try:
+                found.check()
+            except ValueError as error:
+                advice = "scan again with --overwrite"
+                raise MaxactError(f"{self.path}: its state is damaged ({error}); {advice}") from error
+            return found.first(ranks)
+
+        return read
 
     def _read_tap(self, tap: Tap) -> TapResults:
         lists: dict[List, Peaks] = {}
@@ -245,12 +319,17 @@ class Store:
             for score, end in self.manifest.lists():
                 place = node[f"{score}/{end}"]
                 if "settling" in place.attrs:  # cut short: the order of 16 bits, which is whole
-                    whole = read_peaks(place["candidates"], (score, end))
+                    whole = read_peaks(place["candidates"], (score, end), tap.channels)
                     lists[score, end] = whole.first(self.manifest.settings[end])
                 else:
-                    lists[score, end] = read_peaks(place, (score, end))
-            stats = {name: node[f"stats/{name}"][:] for name in sorted(node["stats"])}
-            return TapResults(self.catalog, tap, lists, stats, node.attrs["unfit"])
+                    lists[score, end] = read_peaks(place, (score, end), tap.channels)
+            stats = {
+                name: read_array(node["stats"], name, np.int64 if name == "count" else np.float32, (tap.channels,))
+                for name in STATISTICS
+            }
+            found = TapResults(self.catalog, tap, lists, stats, int(node.attrs["unfit"]))
+            found.check()
+            return found
         except DAMAGE as error:
             raise MaxactError(
                 f"{self.path}: the tap {tap.name} is missing or damaged; scan again with --overwrite"
@@ -274,7 +353,13 @@ class Store:
 
     def candidates(self, tap: str, key: List) -> Peaks:
         """All candidates of a list of a 16-bit scan, as that scored them."""
-        return read_peaks(open_group(self.path, f"{tap}/{key[0]}/{key[1]}/candidates"), key)
+        channels = next(each.channels for each in self.manifest.taps if each.name == tap)
+        try:
+            return read_peaks(open_group(self.path, f"{tap}/{key[0]}/{key[1]}/candidates"), key, channels)
+        except DAMAGE as error:
+            raise MaxactError(
+                f"{self.path}: the candidates of {tap} are missing or damaged; scan again with --overwrite"
+            ) from error
 
     def settled(self, tap: str, key: List) -> int:
         """How many first ranks of a list are in the order of float32, though the scan was of 16 bits."""
@@ -328,7 +413,8 @@ class Store:
         """The images whose winners the second pass shows, of some channels of the list `tap/score/end`; ascending."""
         tap, score, end = place.rsplit("/", 2)
         shown = self.winners(tap, score, end).layout.shown
-        images = self[tap].lists[score, end].image[channels, :shown]  # type: ignore[index]
+        image = self[tap].lists[score, end].image  # type: ignore[index]
+        images = image[[channel for channel in channels if channel < len(image)], :shown]
         return np.unique(images[images >= 0])
 
     def remove_winners(self) -> None:
@@ -390,7 +476,7 @@ class Store:
 
     def bad_in_scan(self) -> list[BadImage]:
         """The bad images of the scan, without those that only the second pass could not have."""
-        found = [BadImage(**row) for row in self.errors().to_pylist()]
+        found = [BadImage.from_json(row) for row in self.errors().to_pylist()]
         return [image for image in found if image.stage != "project"]
 
     def errors(self) -> pa.Table:
@@ -398,9 +484,22 @@ class Store:
         if self.manifest.finished:
             path = os.fsencode(self.path / "errors.parquet")
             with reading(path):
-                return pq.read_table(pa.OSFile(path))
+                table = pq.read_table(pa.OSFile(path))
+                if not table.schema.equals(_ERRORS) or any(column.null_count for column in table.columns):
+                    raise pa.ArrowInvalid("it has other columns")
+                table.validate(full=True)  # text that is no UTF-8
+                return table
         state = self.state()
         return _error_table(state.bad if state else ())
+
+
+def _settling(about: str | None) -> dict[str, Any]:
+    """What the state of a settling run says that it is about; nothing where that cannot be."""
+    with suppress(ValueError, RecursionError):
+        values = json.loads(about or "{}")
+        if isinstance(values, dict) and is_words(values.get("taps")) and is_count(values.get("ranks")):
+            return values
+    return {}
 
 
 def _without_settling(attributes: Mapping[str, Any]) -> dict[str, Any]:
