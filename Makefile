@@ -6,7 +6,7 @@ READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready,)
 # the folders engine/ and kernels/ are source roots, never packages: keep them off the import path
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-gpu lint types check format bench bench-gpu bench-peers clean
+.PHONY: help demo test test-gpu soak fuzz lint types check format bench bench-gpu bench-peers clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ test: $(READY)  ## all tests that need no GPU
 test-gpu: export PYTHONPATH := engine:kernels
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu
+
+soak: export PYTHONPATH := tests
+soak: $(READY)  ## runs that everything happens to: SECONDS=600, SEED=0
+	$(PYTHON) tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
+
+fuzz: $(READY)  ## hostile input, many more examples; N=1000 of each kind
+	MAXACT_FUZZ=$(or $(N),1000) $(PYTHON) -m pytest $(wildcard tests/test_hostile_*.py) --timeout 7200
 
 lint: $(READY)  ## style, formatting and the direction of imports
 	$(PYTHON) -m ruff check .
@@ -55,7 +62,10 @@ bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
 	$(PYTHON) bench/scale.py
 	$(PYTHON) bench/memory.py --images "$(IMAGES)"
 	$(PYTHON) bench/catalog.py
+	$(PYTHON) bench/pooled.py --images "$(IMAGES)"
+	$(PYTHON) bench/night.py --images "$(IMAGES)"
 	$(PYTHON) bench/start.py
+	$(PYTHON) bench/ray_driver.py
 
 bench-gpu: export PYTHONPATH := engine:kernels:bench
 bench-gpu: $(READY)  ## what needs a GPU; IMAGES=FOLDER, PYTHON=python3 where torch is installed already

@@ -298,7 +298,7 @@ def maxact_scan(task: Task) -> Run:
             crop=task.side,
             batch=task.batch,
             precision="fp32",
-            device="cpu",
+            devices="cpu",
             threads=task.threads,
             decode_threads=task.threads,
         )

@@ -41,7 +41,8 @@ from maxact.errors import MaxactError
 from maxact.find import find_taps
 from maxact.models import Model, Normalised, load_model
 from maxact.numerics import kept_memory, numerics
-from maxact.scan import Job, Tick, scan
+from maxact.process import Tick
+from maxact.scan import Job, scan
 from maxact.taps import DTYPES, Pending, Taps
 
 WARM_UP = 4  # batches that do not count
@@ -360,7 +361,7 @@ def main() -> int:
         batch=128,
         each=3.0,
         seconds=420.0,
-        device="cuda",
+        devices="cuda:0",
     )
     begun = time.perf_counter()
     if args.device.startswith("cuda") and not torch.cuda.is_available():

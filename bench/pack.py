@@ -66,7 +66,7 @@ def main() -> None:
         quality=95,
         threads=cores(),
         decoder="dali",
-        device="cpu",
+        devices="cpu",
         seconds=2.0,
         rounds=5,
         members=128_000,

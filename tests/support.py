@@ -29,7 +29,8 @@ from maxact.find import find
 from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
 from maxact.preprocess import Preprocess
-from maxact.scan import Job, Tick, scan
+from maxact.process import Tick
+from maxact.scan import Job, scan
 from maxact.tap import Tap, columns
 
 SIDE = 64

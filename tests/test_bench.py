@@ -330,7 +330,7 @@ def test_options(options: dict[str, Any], words: list[str]) -> None:
         ({"seconds": float("nan")}, UsageError, "seconds"),
         ({"batch": 0}, UsageError, "batch"),
         ({"layers": ["conv9"]}, UsageError, "nothing in the network matches"),
-        ({"device": "nothing"}, UsageError, "device"),
+        ({"devices": "nothing"}, UsageError, "devices"),
         ({"at": "nowhere"}, UsageError, "at"),
         ({"decoder": "nothing"}, UsageError, "decoder"),
     ],

@@ -124,7 +124,7 @@ def test_quiet(run: Run, photos: Path, inside: Path) -> None:
 def test_settings_arrive(run: Run, photos: Path, inside: Path) -> None:
     words = "--where c* --where r* --sample 5 --seed 3 --limit 4 --layers bn* --layers fc --at module --resize 40"
     words += " --crop 24x20 --interpolation bicubic --fit squash --mean .1 .2 .3 --std .4 .5 .6 --decoder torchvision"
-    words += " --max-megapixels 3 --skip-grey --precision bf16 --device cpu --max-bad 3"
+    words += " --max-megapixels 3 --skip-grey --pooled mean --precision bf16 --device cpu --max-bad 3"
     assert run("scan", "tiny:network", photos, "x.zarr", *ARGUMENTS, *words.split()).code == 0
     manifest = Store("x.zarr").manifest
     assert manifest.images == {
@@ -148,6 +148,7 @@ def test_settings_arrive(run: Run, photos: Path, inside: Path) -> None:
         "max_megapixels": 3.0,
         "skip_grey": True,
         "compile": False,
+        "pooled": "mean",
     }
     assert manifest.settings == wanted
     preprocessing = {"resize": 40, "crop": [24, 20], "interpolation": "bicubic", "fit": "squash"}
@@ -270,9 +271,9 @@ def mistakes() -> dict[str, tuple[list[str], int, str]]:
         "bad crop": ([*scan, "--crop", "3x"], 2, "argument --crop: expected pixels as N or HxW, got '3x'"),
         "worse crop": ([*scan, "--crop", "big"], 2, "argument --crop: expected pixels as N or HxW, got 'big'"),
         "bad score": ([*scan, "--score", "median"], 2, "argument --score: invalid choice: 'median'"),
-        "top 0": ([*scan, "--top", "0"], 2, "top: expected at least 1, got 0"),
-        "batch 0": ([*scan, "--batch", "0"], 2, "batch: expected at least 1, got 0"),
-        "device": ([*scan, "--device", "gpu"], 2, "device: expected auto, cpu or cuda:N, got 'gpu'"),
+        "top 0": ([*scan, "--top", "0"], 2, "top: expected 1 to 100,000, got 0"),
+        "batch 0": ([*scan, "--batch", "0"], 2, "batch: expected 1 to 65,536, got 0"),
+        "devices": ([*scan, "--devices", "gpu"], 2, "devices: expected auto, cpu, cpu:COUNT, cuda"),
         "limit": ([*scan, "--limit", "0"], 2, "limit must be at least 1, not 0"),
         "std": ([*scan, "--std", "0", "1", "1"], 2, "std: expected three numbers above 0"),
         "unknown model": (["layers", "resnet81"], 2, "unknown network 'resnet81' (near: resnet18"),

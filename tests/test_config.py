@@ -23,11 +23,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
         ("at", "relu", "at: expected norm, module or activation, got 'relu'"),
         ("scores", (), "scores: expected max or mean, got ()"),
         ("scores", ("max", "median"), "scores: expected max or mean, got ('max', 'median')"),
-        ("top", 0, "top: expected at least 1, got 0"),
-        ("bottom", -1, "bottom: expected 0 or more, got -1"),
+        ("top", 0, "top: expected 1 to 100,000, got 0"),
+        ("bottom", -1, "bottom: expected 0 to 100,000, got -1"),
         ("precision", "fp8", "precision: expected fp32, fp16 or bf16, got 'fp8'"),
-        ("batch", 0, "batch: expected at least 1, got 0"),
-        ("shard", 0, "shard: expected at least 1, got 0"),
+        ("batch", 0, "batch: expected 1 to 65,536, got 0"),
+        ("shard", 0, "shard: expected 1 to 2,147,483,647, got 0"),
         ("decoder", "pil", "decoder: expected auto, dali or torchvision, got 'pil'"),
         ("max_megapixels", 0, "max_megapixels: expected more than 0, got 0"),
     ],
@@ -47,15 +47,49 @@ def test_run_settings_that_cannot_be(name: str, value: int) -> None:
         RunConfig(**{name: value})
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cuda:x"])
-def test_devices_that_are_not_here(device: str) -> None:
-    with pytest.raises(UsageError, match=r"^device: "):
-        RunConfig(device).torch_device()
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(
+            (words, "devices: expected auto, cpu")
+            for words in ("gpu", "meta", "cuda:x", "", "cuda:3-1", "cpu:1-2", "cpu:-1")
+        ),
+        ("cpu:0", "devices: expected cpu:1 to cpu:1024, got 'cpu:0'"),
+        ("cpu,cuda:0", "devices: expected CPUs or CUDA devices, not both"),
+        ("cuda:0-2,cuda:1", "devices: expected each CUDA device once"),
+    ],
+)
+def test_devices_that_cannot_be(words: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}"):
+        RunConfig(words)
 
 
-def test_devices() -> None:
+def test_devices_that_are_not_here() -> None:
+    with pytest.raises(UsageError, match=r"^devices: cuda:99 is not here"):
+        RunConfig("cuda:99").torch_device()
+
+
+@pytest.mark.parametrize(
+    ("words", "devices"),
+    [
+        ("cpu", ["cpu"]),
+        ("cpu:3", ["cpu"] * 3),
+        ("cuda:2", ["cuda:2"]),
+        ("cuda:0-2,cuda:5", ["cuda:0", "cuda:1", "cuda:2", "cuda:5"]),
+    ],
+)
+def test_devices(words: str, devices: list[str]) -> None:
+    each = RunConfig(words).each()
+    assert [run.devices for run in each] == devices
+    share = max(1, cores() // len(devices))
+    assert {(run.threads, run.decode_threads) for run in each} == {(share, share)}
+    assert [run.threads for run in RunConfig(words, threads=5).each()] == [5] * len(devices)
+
+
+def test_a_single_cpu_needs_no_worker() -> None:
     assert RunConfig("cpu").torch_device() == CPU
     assert RunConfig().torch_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert [RunConfig(words).alone for words in ("cpu", "cpu:1", "cpu:2", "cuda:0")] == [True, False, False, False]
 
 
 def test_what_is_left_open_is_chosen_for_the_device() -> None:

@@ -64,7 +64,7 @@ def test_a_compiled_network_gives_the_peaks_of_the_eager_one(name: str) -> None:
     model = load_model(name, weights="none", crop=64, resize=64)
     network = Normalised(model.network, model.preprocess).to("cuda", memory_format=torch.channels_last)  # type: ignore[call-overload]
     found = find(network, BLANK.cuda())
-    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8, device="cuda")
+    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8, devices="cuda:0")
     with Taps(network, found.taps, "fp16") as taps:
         expected = taps(images).result()
     with Taps(network, found.taps, "fp16", compiled=True) as taps:
@@ -88,7 +88,7 @@ def test_what_is_left_open_is_chosen_by_trying(tmp_path: Path) -> None:
 
     network = nn.Sequential(nn.Conv2d(3, 4, 3), Greedy(), nn.Conv2d(4, 4, 1))
     network.preprocess = SMALL  # type: ignore[assignment]
-    store = maxact.scan(network, tmp_path / "photos", tmp_path / "s.zarr", device="cuda", compile=False)
+    store = maxact.scan(network, tmp_path / "photos", tmp_path / "s.zarr", devices="cuda:0", compile=False)
     settings = store.manifest.settings
     assert (settings["batch"], settings["precision"], settings["shard"]) == (16, "bf16", 4096)
     assert store["2"].unfit == 0
@@ -111,7 +111,7 @@ def test_an_overflow_in_half_precision_is_counted_and_not_ranked(tmp_path: Path)
     network.preprocess = SMALL  # type: ignore[assignment]
     with torch.no_grad():
         network[1].weight.fill_(1e5)
-    store = maxact.scan(network, tmp_path / "photos", tmp_path / "s.zarr", device="cuda", precision="fp16", batch=4)
+    store = maxact.scan(network, tmp_path / "photos", tmp_path / "s.zarr", devices="cuda:0", precision="fp16", batch=4)
     assert store["1"].unfit == 6
     assert (store["1"].lists["max", "top"][0] == -1).all()
     assert store["0"].unfit == 0
@@ -139,11 +139,11 @@ def test_mixed_decoding_agrees_with_the_cpu(tmp_path: Path, bad: bool) -> None:
 def test_a_scan_finds_what_the_cpu_finds(tmp_path: Path) -> None:
     write_photographs(tmp_path / "photos", 40)
     settings = {"weights": "none", "crop": 64, "resize": 64, "top": 5, "batch": 8, "decoder": "torchvision"}
-    exact = maxact.scan("resnet18", tmp_path / "photos", tmp_path / "cpu.zarr", device="cpu", **settings)  # type: ignore[arg-type]
+    exact = maxact.scan("resnet18", tmp_path / "photos", tmp_path / "cpu.zarr", devices="cpu", **settings)  # type: ignore[arg-type]
     full = maxact.scan(
-        "resnet18", tmp_path / "photos", tmp_path / "fp32.zarr", device="cuda", precision="fp32", **settings
+        "resnet18", tmp_path / "photos", tmp_path / "fp32.zarr", devices="cuda:0", precision="fp32", **settings
     )  # type: ignore[arg-type]
-    half = maxact.scan("resnet18", tmp_path / "photos", tmp_path / "fp16.zarr", device="cuda", **settings)  # type: ignore[arg-type]
+    half = maxact.scan("resnet18", tmp_path / "photos", tmp_path / "fp16.zarr", devices="cuda:0", **settings)  # type: ignore[arg-type]
     assert half.manifest.settings["precision"] == "fp16"
     for tap in exact:
         image, score, _ = exact[tap].lists["max", "top"]
@@ -187,6 +187,6 @@ def test_projections_agree_with_those_on_the_cpu(method: str) -> None:
 def test_a_second_pass(tmp_path: Path) -> None:
     """The winners' recomputed scores are the stored ones, though the decoders differ by some levels."""
     write_photographs(tmp_path / "photos", 6)
-    store = maxact.scan("tiny:network", tmp_path / "photos", tmp_path / "x", top=3, batch=2, device="cuda")
-    done = maxact.project(store, device="cuda", ranks=2)
+    store = maxact.scan("tiny:network", tmp_path / "photos", tmp_path / "x", top=3, batch=2, devices="cuda:0")
+    done = maxact.project(store, devices="cuda:0", ranks=2)
     assert done.manifest.projected is not None and done.winners("bn1").projected().all()

@@ -253,7 +253,7 @@ def test_mistakes_leave_nothing_behind(photos: Path, tmp_path: Path) -> None:
     mistakes: list[tuple[dict[str, Any], type[MaxactError]]] = [
         ({"top": 0}, UsageError),
         ({"network": "tiny:missing"}, UsageError),
-        ({"device": "cuda:77"}, UsageError),
+        ({"devices": "cuda:77"}, UsageError),
         ({"layers": ("bn9",)}, MaxactError),
         ({"images": tmp_path / "missing"}, MaxactError),
         ({"where": ("giraffe",)}, MaxactError),

@@ -29,7 +29,7 @@ from maxact.demo import network as lite0
 from maxact.fetch import Unreadable
 from maxact.numerics import numerics
 from maxact.preprocess import Preprocess
-from maxact.scan import Tick
+from maxact.process import Tick
 from support import (
     SIDE,
     THREADS,

@@ -20,11 +20,12 @@ from maxact.errors import MaxactError
 from maxact.fetch import Unreadable
 from maxact.manifest import Manifest
 from maxact.partial import BadImage, Partial, Tally
-from maxact.scan import Tick
+from maxact.process import Tick
 from maxact.schedule import Schedule
 from maxact.store import Store
 from maxact.tap import Tap
 from maxact_kernels.peaks import Peaks
+from support import SMALL
 
 IMAGES, SIZE, SHARDS = 18, 4, 5
 
@@ -37,7 +38,9 @@ def store(tmp_path: Path) -> Store:
     catalog = Catalog.build(tmp_path)
     settings = ScanConfig(top=3, precision="fp32", batch=2, shard=SIZE).to_json()
     taps = (Tap("conv", "conv", 0, "conv", "Conv2d", 2, (1, 1), 1),)
-    manifest = Manifest({}, {}, {"count": IMAGES}, settings, taps, {})
+    model = {"name": "none", "weights": "none", "sha256": ""}
+    images = {"count": IMAGES, "source": str(tmp_path)}
+    manifest = Manifest(model, SMALL.to_json(), images, settings, taps, {})
     return Store.create(tmp_path / "store", manifest, catalog)
 
 
@@ -193,7 +196,7 @@ def ticking(plan: Schedule, bad: list[BadImage]) -> Callable[[Iterator[Shard]], 
     def scan(shards: Iterator[Shard]) -> Iterator[Partial]:
         for shard in shards:
             mine = tuple(image for image in bad if shard.start <= image.image < shard.stop)
-            plan.note(Tick(shard.stop - shard.start, mine, 0, 0.0))
+            plan.note(Tick(shard.index, True, shard.stop - shard.start, mine, 0, 0.0))
             if plan.stop.is_set():
                 return
             yield give(shard, bad)
@@ -242,7 +245,7 @@ def test_reading_errors_wait_for_the_end_of_their_shard(store: Store) -> None:
 
     def scan(shards: Iterator[Shard]) -> Iterator[Partial]:
         if gone.pop():
-            plan.note(Tick(2, tuple(bad[:2]), 0, 0.0))
+            plan.note(Tick(0, True, 2, tuple(bad[:2]), 0, 0.0))
             gone.append(False)
             raise Unreadable("the mount is gone")
         yield from giving()(shards)

@@ -54,7 +54,7 @@ def bench(
     batch: int | None = None,
     decoder: DecoderName = "auto",
     compile: bool | None = None,
-    device: str = "auto",
+    devices: str = "auto",
     threads: int | None = None,
     readers: int = 16,
     decode_threads: int | None = None,
@@ -89,7 +89,7 @@ def bench(
     paths = (layers,) if isinstance(layers, str) else tuple(layers)
     wanted = ScanConfig(layers=paths, at=at, precision=precision, batch=batch, compile=compile)
     counts: dict[str, Any] = {name: given[name] for name in ("threads", "readers", "decode_threads", "hardware_share")}
-    run = RunConfig(device, **counts)
+    run = RunConfig(devices, **counts)
     where = run.torch_device()
     model = load_model(network, **{name: given[name] for name in loading})
     settings = replace(wanted, decoder=cast(DecoderName, choose_decoder(decoder, model.preprocess, is_dataset(images))))
@@ -197,7 +197,7 @@ def _start(network: str | nn.Module, images: object, given: Mapping[str, Any]) -
         paths = [os.fsdecode(path) for path in images]  # type: ignore[attr-defined]
     words = ["maxact", "scan", network if isinstance(network, str) else "MODEL", *paths, "STORE"]
     defaults = inspect.signature(bench).parameters
-    for name in (*_SCAN, "device"):
+    for name in (*_SCAN, "devices"):
         value = given[name]
         if value == defaults[name].default or (name == "layers" and not value):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 
 import numpy as np
 
@@ -32,6 +33,7 @@ def plan(
     Raises MaxactError where what is there was projected to other shapes, which only another version does.
     """
     taps = {tap.name: tap for tap in store.manifest.taps if tap.name in chosen}
+    numbers = count()
     for name, tap in taps.items():
         results = store[name]
         for (score, end), peaks in results.lists.items():
@@ -51,6 +53,7 @@ def plan(
                     image = np.where(left[part, None], shown.image[part], -1)
                     position = None if shown.position is None else shown.position[part]
                     yield Block(
+                        next(numbers),
                         tap,
                         fields[name],
                         place,

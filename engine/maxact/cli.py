@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 from maxact import commands
 from maxact.environment import prepare
-from maxact.errors import MaxactError
+from maxact.errors import MaxactError, one_line
 
 _MODEL = "a torchvision name (vgg16), timm:NAME, or package.module:callable that returns an nn.Module"
 _IMAGES = (
     "a folder, a glob, a .txt, .csv or .parquet list, tar archives ('shards/{000..099}.tar'), "
-    "or Parquet files that hold images"
+    "or Parquet files that hold images; here or at s3://, gs:// or http(s)://"
 )
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # standard output on a full disk, say
-        print(f"maxact: {error}", file=sys.stderr)
+        print(f"maxact: {one_line(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -61,7 +61,7 @@ def _size(text: str) -> int | tuple[int, int]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"maxact: {message} (`{self.prog} --help` says more)\n")
+        self.exit(2, f"maxact: {one_line(message)} (`{self.prog} --help` says more)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,9 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     project.set_defaults(command=commands.project)
 
     _add_render(subcommands)
-    export = subcommands.add_parser("export", help="a store as one Parquet file")
+    export = subcommands.add_parser("export", help="a store as one Parquet file, or its pooled values as many")
     export.add_argument("store", metavar="STORE")
-    export.add_argument("out", metavar="OUT", help="the Parquet file")
+    export.add_argument("out", metavar="OUT", help="the Parquet file; with --pooled a folder")
+    export.add_argument(
+        "--pooled",
+        action="store_true",
+        help="every image's value of every channel, of a scan with --pooled: a file for each tap and shard; "
+        "the same command again goes on",
+    )
+    export.add_argument("--layers", action="append", metavar="GLOB", help="with --pooled, of these taps (may repeat)")
+    export.add_argument("--quiet", action="store_true", help="no display, warnings only")
     export.set_defaults(command=commands.export)
 
     info = subcommands.add_parser("info", help="what is in a store, how it was made, what went wrong")
@@ -139,6 +147,7 @@ def _add_bench(subcommands: Any) -> None:
     bench.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
     _add_network(bench)
     how = bench.add_argument_group("how")
+    how.add_argument("--devices", default="auto", metavar="D", help="cpu or cuda:N; of several, the first (auto)")
     _add_device(how)
     how.add_argument("--decoder", choices=("auto", "dali", "torchvision"), default="auto")
     _add_threads(how)
@@ -267,6 +276,11 @@ def _add_lists(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--top", type=int, default=50, metavar="K", help="strongest images per channel (50)")
     group.add_argument("--bottom", type=int, default=0, metavar="K", help="weakest images per channel (0)")
+    group.add_argument(
+        "--pooled",
+        choices=("max", "mean"),
+        help="every image's value of every channel, too: 2 bytes of disk each",
+    )
 
 
 def _add_projection(parser: argparse.ArgumentParser) -> None:
@@ -298,9 +312,11 @@ def _add_projection(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--weights", metavar="W", help="where the scanned weights are now, if not where they were")
     running = parser.add_argument_group("running")
-    running.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
+    _add_devices(running)
     running.add_argument("--batch", type=int, metavar="N", help="images that the network runs on at once")
-    running.add_argument("--threads", type=int, metavar="N", help="of the network on a CPU (every core)")
+    running.add_argument(
+        "--threads", type=int, metavar="N", help="of the network on a CPU, of each worker (every core)"
+    )
     running.add_argument("--readers", type=int, default=16, metavar="N", help="threads that read files (16)")
     running.add_argument("--overwrite", action="store_true", help="delete what was projected and start again")
     running.add_argument("--quiet", action="store_true", help="no display, warnings only")
@@ -318,8 +334,31 @@ def _add_threads(group: Any) -> None:
     )
 
 
+def _add_devices(group: Any) -> None:
+    group.add_argument(
+        "--devices",
+        default="auto",
+        metavar="D",
+        help="cpu; cuda (all), cuda:0, cuda:0-7, cuda:0,cuda:2: a process for each; cpu:4: four on the CPU (auto)",
+    )
+    group.add_argument(
+        "--stall",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="seconds of silence after which a worker is replaced (300)",
+    )
+    group.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="a Ray cluster, HOST:PORT, or auto: the one found from here, or one that is started here",
+    )
+    group.add_argument(
+        "--cpus-per-worker", type=int, metavar="N", help="of a cluster (all of a node's, or a GPU's part of them)"
+    )
+
+
 def _add_device(group: Any) -> None:
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="fp32 on a CPU, fp16 on CUDA")
     group.add_argument(
         "--compile",
@@ -327,11 +366,12 @@ def _add_device(group: Any) -> None:
         help="one graph of the network and its taps by torch.compile (on CUDA, and in long scans where it is faster)",
     )
     group.add_argument("--batch", type=int, metavar="N", help="images in a batch")
-    group.add_argument("--threads", type=int, metavar="N", help="of the network on a CPU (every core)")
+    group.add_argument("--threads", type=int, metavar="N", help="of the network on a CPU, of each worker (every core)")
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
+    _add_devices(group)
     _add_device(group)
     group.add_argument("--shard", type=int, metavar="N", help="images in a shard (4096)")
     group.add_argument("--overwrite", action="store_true", help="delete the store that is there and start again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ Method = Literal["deconvnet", "guided", "gradient"]
 Seed = Literal["one", "activation"]
 Crop = Literal["auto", "field", "focus"]
 
+MOST_PEAKS = 100_000  # that a channel keeps: they are all in memory
+MOST_AT_ONCE = 65_536  # images in a batch
+MOST_THREADS = 1024  # libraries end the process where they cannot start so many
 COMPILED = 10_000  # images of a scan on a CPU from which compiling the network can pay
 SHARD = 4096  # images in a shard, rounded up to a whole number of batches
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, or max, in a period of so many
@@ -51,6 +55,7 @@ class ScanConfig:
     max_megapixels: float = 200.0
     skip_grey: bool = False
     compile: bool | None = None
+    pooled: Score | None = None  # what of every image and channel is kept
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that cannot be."""
@@ -61,18 +66,19 @@ class ScanConfig:
             "max or mean",
             self.scores,
         )
-        _check(self.top >= 1, "top", "at least 1", self.top)
-        _check(self.bottom >= 0, "bottom", "0 or more", self.bottom)
+        _check(1 <= self.top <= MOST_PEAKS, "top", f"1 to {MOST_PEAKS:,}", self.top)
+        _check(0 <= self.bottom <= MOST_PEAKS, "bottom", f"0 to {MOST_PEAKS:,}", self.bottom)
         _check(
             self.precision in (None, *get_args(Precision)),
             "precision",
             "fp32, fp16 or bf16",
             self.precision,
         )
-        _check(self.batch is None or self.batch >= 1, "batch", "at least 1", self.batch)
-        _check(self.shard is None or self.shard >= 1, "shard", "at least 1", self.shard)
+        _check(self.batch is None or 1 <= self.batch <= MOST_AT_ONCE, "batch", f"1 to {MOST_AT_ONCE:,}", self.batch)
+        _check(self.shard is None or 1 <= self.shard < 1 << 31, "shard", "1 to 2,147,483,647", self.shard)
         _check(self.decoder in get_args(DecoderName), "decoder", "auto, dali or torchvision", self.decoder)
-        _check(self.max_megapixels > 0, "max_megapixels", "more than 0", self.max_megapixels)
+        _check(0 < self.max_megapixels < math.inf, "max_megapixels", "more than 0", self.max_megapixels)
+        _check(self.pooled in (None, *get_args(Score)), "pooled", "max or mean", self.pooled)
 
     def resolve(self, device: torch.device, images: int = 0) -> ScanConfig:
         """The same with every None filled in for a device and a number of images, and the shard a whole number of
@@ -141,46 +147,104 @@ class ProjectConfig:
 class RunConfig:
     """How a run goes: nothing here changes what a store holds, but for float rounding between thread counts."""
 
-    device: str = "auto"
-    threads: int | None = None  # of the network, on a CPU; None is every core
-    readers: int = 16  # threads that read files
-    decode_threads: int | None = None  # None is every core
+    devices: str = "auto"  # auto, cpu, cpu:COUNT, cuda, cuda:N, cuda:FIRST-LAST, or several with commas between them
+    threads: int | None = None  # of the network, on a CPU; None is every core, shared between the workers
+    readers: int = 16  # threads of a worker that read files
+    decode_threads: int | None = None  # of a worker; None is every core, shared
     max_bad: int | None = None  # bad images that stop the run; None is 1 % of the catalog, but at least 10
     retry_errors: bool = False
     overwrite: bool = False
     hardware_share: float = 0.65  # of JPEGs that a GPU's decoding hardware takes, where it has some; DALI's default
+    stall: float = 300.0  # seconds of silence after which a worker is replaced
+    cluster: str | None = None  # of Ray: auto, or HOST:PORT; its nodes do the work
+    cpus_per_worker: int | None = None  # of a cluster; None is all of a node's, or a GPU's part of them
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that cannot be."""
         _check(0 <= self.hardware_share <= 1, "hardware_share", "0 to 1", self.hardware_share)
-        _check(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
-        _check(self.readers >= 1, "readers", "at least 1", self.readers)
         _check(
-            self.decode_threads is None or self.decode_threads >= 1,
+            self.threads is None or 1 <= self.threads <= MOST_THREADS, "threads", f"1 to {MOST_THREADS}", self.threads
+        )
+        _check(1 <= self.readers <= MOST_THREADS, "readers", f"1 to {MOST_THREADS}", self.readers)
+        _check(
+            self.decode_threads is None or 1 <= self.decode_threads <= MOST_THREADS,
             "decode_threads",
-            "at least 1",
+            f"1 to {MOST_THREADS}",
             self.decode_threads,
         )
         _check(self.max_bad is None or self.max_bad >= 0, "max_bad", "0 or more", self.max_bad)
+        _check(self.stall > 0, "stall", "more than 0 seconds", self.stall)
+        each = self.cpus_per_worker
+        _check(each is None or each >= 1, "cpus_per_worker", "at least 1", each)
+        _check(each is None or self.cluster is not None, "cpus_per_worker", "none without a cluster", each)
+        if self.cluster is None:
+            parse_devices(self.devices)
+            return
+        _check(self.devices in ("auto", "cpu", "cuda"), "devices", "auto, cpu or cuda on a cluster", self.devices)
+        here = "auto or HOST:PORT (run maxact on a node of the cluster; `ray job submit` does)"
+        _check(bool(re.fullmatch(r"auto|[^/\s]+:[0-9]+", self.cluster)), "cluster", here, self.cluster)
+
+    def each(self) -> tuple[RunConfig, ...]:
+        """This for each worker: its device by itself, and its part of the cores."""
+        there = parse_devices(self.devices)
+        share = max(1, cores() // len(there))
+        return tuple(
+            dataclasses.replace(
+                self,
+                devices=str(device),
+                threads=self.threads or share,
+                decode_threads=self.decode_threads or share,
+            )
+            for device in there
+        )
+
+    @property
+    def alone(self) -> bool:
+        """Whether it needs no worker but this very process: on one CPU, as far as that is all that was asked for."""
+        if self.cluster is not None:
+            return False
+        return self.devices in ("auto", "cpu") and parse_devices(self.devices) == (torch.device("cpu"),)
 
     def torch_device(self) -> torch.device:
-        """The device to run on. Raises UsageError where it is not there."""
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise UsageError(f"device: expected auto, cpu or cuda:N, got {self.device!r}") from error
-        if device.type not in ("cpu", "cuda"):
-            raise UsageError(f"device: expected auto, cpu or cuda:N, got {self.device!r}")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"device: {self.device} is not here ({torch.cuda.device_count()} CUDA devices seen)")
+        """The (first) device to run on, on a cluster that of a worker. Raises UsageError where it is not there."""
+        device = parse_devices(self.devices)[0]
+        if device.type == "cuda" and self.cluster is None:
+            missing = [each for each in parse_devices(self.devices) if (each.index or 0) >= torch.cuda.device_count()]
+            if missing:
+                raise UsageError(f"devices: {missing[0]} is not here ({torch.cuda.device_count()} CUDA devices seen)")
         return device
 
     def allowed_bad(self, images: int) -> int:
         """How many bad images a catalog of so many may have before the run stops."""
         return max(10, images // 100) if self.max_bad is None else self.max_bad
+
+
+def parse_devices(words: str) -> tuple[torch.device, ...]:
+    """The devices that some words mean, one for each worker; CUDA devices need not be there. Raises UsageError."""
+    expected = "auto, cpu, cpu:COUNT, cuda, cuda:N or cuda:FIRST-LAST"
+    if words == "auto":
+        words = "cuda" if torch.cuda.is_available() else "cpu"
+    found: list[torch.device] = []
+    for word in words.split(","):
+        match = re.fullmatch(r"(cpu|cuda)(?::([0-9]{1,4})(?:-([0-9]{1,4}))?)?", word.strip(), re.ASCII)
+        kind, first, last = match.groups() if match else ("", None, None)
+        if not kind or (kind == "cpu" and last is not None) or (last is not None and int(last) < int(first or 0)):
+            raise UsageError(f"devices: expected {expected}, got {words!r}")
+        if kind == "cpu":
+            count = 1 if first is None else int(first)
+            _check(1 <= count <= 1024, "devices", "cpu:1 to cpu:1024", words)
+            found += [torch.device("cpu")] * count
+        else:
+            numbers = (
+                range(max(1, torch.cuda.device_count())) if first is None else range(int(first), int(last or first) + 1)
+            )
+            found += [torch.device("cuda", number) for number in numbers]
+    if len({device.type for device in found}) > 1:
+        raise UsageError(f"devices: expected CPUs or CUDA devices, not both, got {words!r}")
+    cuda = [device for device in found if device.type == "cuda"]
+    if len(set(cuda)) < len(cuda):
+        raise UsageError(f"devices: expected each CUDA device once, got {words!r}")
+    return tuple(found)
 
 
 def cores() -> int:

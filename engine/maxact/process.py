@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from types import FrameType
 from maxact.decode import native_stderr
 from maxact.errors import MaxactError
 from maxact.files import writing
+from maxact.partial import BadImage
 
 log = logging.getLogger("maxact")
 
@@ -28,10 +30,46 @@ class Interrupted(MaxactError):
 
 
 @dataclass(frozen=True)
+class Tick:
+    """One batch of a shard is through, and whether it was the first: how many of its images there were, the bad ones,
+    those left out as grey, and the seconds that the loop waited for it. (Of several decodings, the one with the most
+    bad images.)"""
+
+    shard: int
+    begins: bool
+    images: int
+    bad: tuple[BadImage, ...]
+    grey: int
+    waited: float
+
+
+@dataclass
+class Hand:
+    """One of several workers: where it is, what it is at, and the images that have been through it since it began."""
+
+    name: str
+    state: str = "starting"
+    images: int = 0
+    begun: float | None = None
+
+    def tick(self, images: int) -> None:
+        """Some more images are through."""
+        if self.begun is None:
+            self.begun = time.monotonic()  # not earlier: the first batch takes long
+        else:
+            self.images += images
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return self.images / max(time.monotonic() - self.begun, 1e-9) if self.begun is not None else 0.0
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run is: how much there is in all (0: not known yet), was done when it started, and is done in it;
     bad and grey images among that; the seconds that it has waited for images, and those that it has taken; what it
-    does, in what unit."""
+    does, in what unit; its workers, where it has several."""
 
     total: int
     before: int
@@ -42,6 +80,7 @@ class Progress:
     seconds: float = 0.0
     stage: str = "scanning"
     unit: str = "images"
+    hands: tuple[Hand, ...] = ()
 
 
 def listing(report: Callable[[Progress], None]) -> Callable[[int], None]:
@@ -78,7 +117,8 @@ class _LogFile(logging.Handler):
     def __init__(self, path: Path) -> None:
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for as long as the handler is)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link may lead anywhere
+        self.file = open(os.open(path, flags, 0o666), "ab", buffering=0)  # noqa: SIM115 (as long as the handler is)
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):  # a full disk: the next commit will say so

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from maxact.process import Progress
+from maxact.process import Hand, Progress
 
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
@@ -67,6 +67,23 @@ class _Plain(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
+class _Display(Bar):
+    """The line of a run, and under it one for each of its workers."""
+
+    hands: tuple[Hand, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is shown."""
+        yield from super().get_renderables()
+        if self.hands:
+            table = Table.grid(padding=(0, 2))
+            table.add_column()
+            table.add_column(justify="right")
+            for hand in self.hands:
+                table.add_row(f"  {hand.name}", _hand_rate(hand), Text(hand.state, no_wrap=True, overflow="ellipsis"))
+            yield table
+
+
 @contextmanager
 def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
     columns = (
@@ -77,12 +94,13 @@ def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[rest]}"),
     )
-    with Bar(*columns, console=console) as bar:
+    with _Display(*columns, console=console) as bar:
         task = bar.add_task("starting", total=None, rate="", rest="", start=True)
         stage = None
 
         def report(progress: Progress) -> None:
             nonlocal stage
+            bar.hands = progress.hands
             if progress.stage != stage:
                 stage = progress.stage
                 bar.reset(task, description=stage)
@@ -116,13 +134,21 @@ class _Lines:
         left = f"{(progress.total - at) / rate:,.0f} s left" if at < progress.total and rate else f"{seconds:,.0f} s"
         of = f" of {progress.total}" if known else ""
         words = [f"{progress.stage} {at}{of} {progress.unit}", _rate(progress), left, _rest(progress)]
+        words += [f"{hand.name} {_hand_rate(hand) or hand.state}" for hand in progress.hands]
         self._logger.info("%s", ", ".join(filter(None, words)))
 
 
 def _rate(progress: Progress) -> str:
-    rate = progress.done / max(progress.seconds, 1e-9)
     unit = {"images": "img"}.get(progress.unit, progress.unit)
-    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
+    return f"{_digits(progress.done / max(progress.seconds, 1e-9))} {unit}/s"
+
+
+def _hand_rate(hand: Hand) -> str:
+    return f"{_digits(hand.rate)}/s" if hand.images else ""
+
+
+def _digits(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def _rest(progress: Progress) -> str:

@@ -8,10 +8,10 @@ field needs; `deconv.Projector` runs the network on those parts and back; `crops
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from maxact import crops, patches
-from maxact.config import ProjectConfig
+from maxact.catalog import Catalog
+from maxact.config import ProjectConfig, RunConfig, ScanConfig, cores
 from maxact.deconv import Projected, Projector, share
 from maxact.fetch import check_readable
 from maxact.field import Field
@@ -29,6 +30,7 @@ from maxact.models import Normalised
 from maxact.numerics import kept_memory, numerics
 from maxact.partial import BadImage
 from maxact.preprocess import Preprocess
+from maxact.process import Tick
 from maxact.results import Peaks
 from maxact.tap import Tap
 from maxact.winners import Layout
@@ -47,9 +49,11 @@ class Block:
 
     `peaks` are these channels' winners at the ranks that are shown, with -1 as image where there is nothing to do;
     `left` numbers the channels in which there is something, from 0 at the first of the block; `spread` [C] is the
-    standard deviation of each channel, against which differences of scores are measured.
+    standard deviation of each channel, against which differences of scores are measured. `index` is its number in the
+    pass.
     """
 
+    index: int
     tap: Tap
     field: Field
     place: str
@@ -69,52 +73,84 @@ class Block:
         """The winning images, each once, in order."""
         return np.unique(self.peaks.image[self.peaks.image >= 0]).tolist()  # type: ignore[no-any-return]
 
+    def __str__(self) -> str:
+        return f"{self.place}, channels {self.start} to {self.start + len(self.peaks.image) - 1}"
+
 
 @dataclass
 class Result:
     """What a block gave: arrays as `Winners.write` takes them, with a row for each of its channels.
 
     `bad` are the images that could not be had. `deviation` is the largest difference between a recomputed score and
-    the stored one, relative as in `ledger.Ledger`.
+    the stored one, relative as in `ledger.Ledger`. `whole`: whether parts of images did not give the scores of whole
+    ones; `undefined`: activations that a method has no rule for; `unlit`: how many winners had an activation that was
+    not above zero, so that it could not be the seed.
     """
 
     block: Block
     arrays: dict[str, NDArray[Any]]
     bad: list[BadImage] = field(default_factory=list)
     deviation: float = 0.0
+    whole: bool = False
+    undefined: set[str] = field(default_factory=set)
+    unlit: int = 0
+
+    @property
+    def touched(self) -> frozenset[int]:
+        """The number of its block."""
+        return frozenset({self.block.index})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """All that a worker needs to project any block. `whole` are the taps that patches are not exact for, and grows."""
+    """All that a worker needs to project any block; `scanned` are the settings of the scan."""
 
     network: nn.Module
     preprocess: Preprocess
-    inputs: Inputs
+    catalog: Catalog
+    scanned: ScanConfig
     settings: ProjectConfig
+    run: RunConfig
     device: torch.device
-    batch: int
-    threads: int
+    batch: int  # images that the network runs on at once
     convolutions: Sequence[tuple[Tap, Field]]  # every one on the way, in the order in which they run
-    whole: set[str] = field(default_factory=set)
-    undefined: set[str] = field(default_factory=set)  # activations that the method has no rule for
-    unlit: int = 0  # winners whose activation was not above zero, so that it could not be the seed
+
+    def on(self, run: RunConfig) -> Job:
+        """The same for one worker, whose device and threads `run` says."""
+        return replace(self, run=run, device=run.torch_device())
 
 
-def project(job: Job, blocks: Sequence[Block], stop: threading.Event) -> Iterator[Result]:
-    """Projects blocks and gives what each of them gave, in order. `stop` ends it, and drops the block in hand.
+def project(
+    job: Job, blocks: Iterator[Block], stop: threading.Event, report: Callable[[Tick], None]
+) -> Iterator[Result]:
+    """Projects blocks and gives what each of them gave, in order: it depends on nothing but the job and the block.
+    `stop` ends it, and drops the block in hand. `report` is told of some winners at a time.
 
     Raises Unreadable where more than a tenth of a block's images cannot be read: the storage is gone, not some files.
     """
     network = Normalised(job.network, job.preprocess).to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with numerics(job.threads), kept_memory(), ThreadPoolExecutor(1, "maxact-inputs") as reader:
-        ahead = reader.submit(job.inputs.get, blocks[0].images) if blocks else None
-        for block, following in zip_longest(blocks, blocks[1:]):
-            assert ahead is not None
-            found, bad = ahead.result()  # the next block's images are read while this one is projected
+    scanned, run = job.scanned, job.run
+    images = Inputs(
+        job.catalog,
+        job.preprocess,
+        decoder=scanned.decoder,
+        max_pixels=int(scanned.max_megapixels * 1e6),
+        readers=run.readers,
+    )
+    with (
+        images as inputs,
+        numerics(run.threads or cores()),
+        kept_memory(),
+        ThreadPoolExecutor(1, "maxact-inputs") as reader,
+    ):
+        ahead: Future[tuple[dict[int, Input], list[BadImage]]] | None = None
+        for block, following in pairwise(chain(blocks, [None])):
+            assert block is not None
+            found, bad = ahead.result() if ahead else inputs.get(block.images)
             check_readable(block.place, len(block.images), bad)
-            ahead = reader.submit(job.inputs.get, following.images) if following else None
-            result = _Winning(job, network, block, found, stop).project()
+            # the next block's images are read while this one is projected
+            ahead = reader.submit(inputs.get, following.images) if following else None
+            result = _Winning(job, network, block, found, stop, report).project()
             if stop.is_set():
                 return
             result.bad = bad
@@ -136,9 +172,16 @@ class _Winning:
     """
 
     def __init__(
-        self, job: Job, network: Normalised, block: Block, found: dict[int, Input], stop: threading.Event
+        self,
+        job: Job,
+        network: Normalised,
+        block: Block,
+        found: dict[int, Input],
+        stop: threading.Event,
+        report: Callable[[Tick], None],
     ) -> None:
-        self._job, self._network, self._block, self._found, self._stop = job, network, block, found, stop
+        self._job, self._network, self._block, self._found = job, network, block, found
+        self._stop, self._report = stop, report
         layout, peaks = block.layout, block.peaks
         there = np.isin(peaks.image, list(found))
         order = np.argsort(peaks.image[there], kind="stable")
@@ -168,11 +211,12 @@ class _Winning:
                     if method == block.layout.methods[0]:
                         self._frame(some, clipped, outer)
                     self._keep(method, some)
+                    self._report(Tick(block.index, False, len(some.part), (), 0, 0.0))
                     if self._stop.is_set():
                         return self._result
                 if block.layout.map and method == block.layout.methods[0]:
                     self._keep_maps(projector)
-                job.undefined |= {f"{method}: {name}" for name in projector.undefined}
+                self._result.undefined |= {f"{method}: {name}" for name in projector.undefined}
         return self._result
 
     def _signals(self, projector: Projector) -> Iterator[_Some]:
@@ -187,7 +231,7 @@ class _Winning:
         height, width = cut.size
         batch = max(1, job.batch * cut.shape[0] * cut.shape[1] // (height * width))  # as many pixels as whole images
         for start in range(0, len(everyone), batch):
-            if block.tap.name in job.whole:
+            if self._result.whole:
                 yield from self._whole(projector, everyone[start:])
                 return
             part = everyone[start : start + batch]
@@ -199,7 +243,7 @@ class _Winning:
             if self._is_exact(projector, projected, part):
                 yield self._noted(projected, part, corner)
             else:
-                job.whole.add(block.tap.name)
+                self._result.whole = True
                 yield from self._whole(projector, part)
 
     def _is_exact(self, projector: Projector, projected: Projected, part: Some) -> bool:
@@ -253,7 +297,7 @@ class _Winning:
     def _noted(self, projected: Projected, part: Some, corner: NDArray[np.int64]) -> _Some:
         deviation = self._deviation(projected, part)
         self._result.deviation = max(self._result.deviation, float(np.nan_to_num(deviation, nan=np.inf).max()))
-        self._job.unlit += int(projected.unlit.sum())
+        self._result.unlit += int(projected.unlit.sum())
         return _Some(part, corner, projected.signal.cpu())
 
     def _places(self, part: Some) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

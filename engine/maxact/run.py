@@ -6,31 +6,33 @@ import inspect
 import logging
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
-from maxact.catalog import Shard, is_dataset
+from maxact.catalog import is_dataset
 from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score
 from maxact.decode import choose_decoder
 from maxact.errors import MaxactError, UsageError
 from maxact.fields import of_taps
 from maxact.find import find_taps
+from maxact.local import attempts
 from maxact.models import load_model
 from maxact.partial import Partial
 from maxact.process import Interrupted, Progress, listing, log_file, signals
-from maxact.scan import Counting, Job, Tick
-from maxact.scan import scan as scan_shards
+from maxact.run_ray import joined
+from maxact.scan import Job
 from maxact.schedule import Schedule
 from maxact.start import Source, Start, start
 from maxact.store import Store
 from maxact.tap import columns
-from maxact.together import Parts, Stores
+from maxact.together import HAND_OVER, Parts, Scanning, Stores
+from maxact.watch import Watch
 
 log = logging.getLogger("maxact")
 
@@ -50,6 +52,7 @@ def scan(
     score: Score | Sequence[Score] = ("max",),
     top: int = 50,
     bottom: int = 0,
+    pooled: Score | None = None,
     resize: int | None = None,
     crop: int | tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
@@ -64,11 +67,14 @@ def scan(
     max_megapixels: float = 200.0,
     skip_grey: bool = False,
     compile: bool | None = None,
-    device: str = "auto",
+    devices: str = "auto",
     threads: int | None = None,
     readers: int = 16,
     decode_threads: int | None = None,
     hardware_share: float = 0.65,
+    stall: float = 300.0,
+    cluster: str | None = None,
+    cpus_per_worker: int | None = None,
     max_bad: int | None = None,
     retry_errors: bool = False,
     overwrite: bool = False,
@@ -78,8 +84,8 @@ def scan(
     """Scans images through a network and keeps, for every channel of every tap, the strongest peaks.
 
     network: a torchvision name, `timm:NAME`, `package.module:callable`, or an nn.Module (`models.load_model`, which
-        also takes weights, resize, crop, mean, std, interpolation, fit and preprocess). It is moved to the device
-        and to the memory format channels_last, and left there: a module of yours too.
+        also takes weights, resize, crop, mean, std, interpolation, fit and preprocess). On `cpu` it is
+        moved to the memory format channels_last, and left so: a module of yours too.
     images: a folder, glob, list, tar archives or Parquet files, or a map-style Dataset (`Catalog.build`, which also
         takes where, sample, seed and limit). Its `__getitem__`, and a preprocess function, are called from several
         threads at once.
@@ -87,6 +93,8 @@ def scan(
         finished one is only opened; of other arguments it is refused. `overwrite` starts again.
     layers, at: what is recorded, and where in a layer's chain (`find.find`).
     score: `max`, `mean` or both; what ranks an image in a channel. top, bottom: how many to keep at either end.
+    pooled: `max` or `mean`: keep every image's value of every channel, too (`Store.pooled`); takes images x channels x
+        2 bytes of disk, and what a shard has of them in memory.
     precision: of the network; float32 on a CPU and float16 on CUDA unless told otherwise. batch: images in a batch;
         shard: images between two points at which the scan can go on, rounded up to batches; both are kept for the
         life of the store.
@@ -94,8 +102,14 @@ def scan(
         skip_grey leaves out pictures without colour.
     compile: whether torch.compile makes one graph of the network and its taps; unless told otherwise on CUDA, and on a
         CPU for ten thousand images and more where it is faster. Kept for the life of the store.
-    device, threads, readers, decode_threads: where and with how many threads it runs. hardware_share: of the JPEGs that
-        a GPU's decoding hardware takes, where it has some.
+    devices: where it runs: `cpu`; `cuda` (all of them), `cuda:0`, `cuda:0-7`, `cuda:0,cuda:2`; `cpu:4` is four workers
+        on the CPU; `auto` is every CUDA device, or the CPU. Each has a process of its own (what is scanned is pickled
+        for it), but for `cpu` alone, which is this process. A worker that dies, or is silent for `stall` seconds, is
+        replaced.
+    cluster: of Ray, `auto` or HOST:PORT: its nodes do the work (docs/clusters.md), a worker for each GPU, or for every
+        `cpus_per_worker` CPUs (all of a node's, unless told otherwise) where there are none or devices is `cpu`.
+    threads, readers, decode_threads: of each worker; the cores are shared unless told otherwise. hardware_share: of the
+        JPEGs that a GPU's decoding hardware takes, where it has some.
     max_bad: bad images that are borne before the run stops; 1 % unless told otherwise, but at least 10.
         retry_errors: scan the shards of recorded errors again.
     report: called after every batch, with how far it is.
@@ -151,7 +165,14 @@ def store_path(folder: str | os.PathLike[str], network: str | nn.Module) -> Path
     return Path(folder) / f"{name.replace('/', '_')}.zarr"
 
 
-def _scan(
+def _scan(networks: Sequence[str | nn.Module], images: object, paths: Sequence[Path], **given: Any) -> list[Store]:
+    """`scan` for one or several networks; `given` are its arguments, weights one for each network."""
+    with joined(RunConfig(**{each.name: given.pop(each.name) for each in fields(RunConfig)})) as run:
+        return _scan_on(run, networks, images, paths, **given)
+
+
+def _scan_on(
+    run: RunConfig,
     networks: Sequence[str | nn.Module],
     images: object,
     paths: Sequence[Path],
@@ -160,7 +181,6 @@ def _scan(
     native_log: bool,
     **given: Any,
 ) -> list[Store]:
-    """`scan` for one or several networks; `given` are its arguments, weights one for each network."""
     weights = given.pop("weights")
     labels = _items(given.pop("where"))
     sample, seed, limit = (given.pop(name) for name in ("sample", "seed", "limit"))
@@ -170,13 +190,11 @@ def _scan(
         scores=cast(tuple[Score, ...], _items(given.pop("score"))),
         **{
             name: given.pop(name)
-            for name in ("at", "top", "bottom", "precision", "batch", "shard", "decoder", "max_megapixels")
+            for name in ("at", "top", "bottom", "precision", "batch", "shard", "decoder", "max_megapixels", "pooled")
         },
         skip_grey=given.pop("skip_grey"),
         compile=given.pop("compile"),
     )
-    names = ("device", "threads", "readers", "decode_threads", "max_bad", "retry_errors", "overwrite", "hardware_share")
-    run = RunConfig(*(given.pop(name) for name in names))
     device = run.torch_device()
     # all that can be wrong with the arguments is found before anything is on disk
     starts = []
@@ -220,46 +238,24 @@ def _run(opened: Sequence[tuple[Store, Job]], run: RunConfig, report: Callable[[
     book, catalog = Stores(stores), jobs[0].catalog
     schedule = Schedule[Parts](book, retry_errors=run.retry_errors, allowed_bad=run.allowed_bad(len(catalog)))
     done = [
-        part.shards - (part.held.keys() if run.retry_errors else set()) if part else set() for part in book.begun.each
+        part.shards - (part.held.keys() if run.retry_errors else set()) if part else frozenset[int]()
+        for part in book.begun.each
     ]
     for store in stores:
         if store.manifest.finished:
             store.reopen()
-    before = schedule.images_done
-    progress = Progress(len(catalog), before)
-    if before:
-        log.info("%s: going on after %d of %d images", stores[0].path, before, progress.total)
-
-    def count(shard: Shard) -> list[Counting[Partial] | None]:
-        return [None if shard.index in has else job.tally(shard) for job, has in zip(jobs, done, strict=True)]
-
-    def attempt(shards: Iterator[Shard]) -> Iterator[Parts]:
-        nonlocal progress
-        # what an attempt before this one had of a shard that it did not finish comes again
-        finished = schedule.images_done - before
-        progress = replace(progress, done=finished, bad=schedule.bad, grey=schedule.grey)
-        return map(Parts, scan_shards(jobs, shards, schedule.stop, note, count))
-
-    begun = time.monotonic()
-
-    def note(tick: Tick) -> None:
-        nonlocal progress
-        progress = replace(
-            progress,
-            done=progress.done + tick.images,
-            bad=progress.bad + len(tick.bad),
-            grey=progress.grey + tick.grey,
-            waited=progress.waited + tick.waited,
-            seconds=time.monotonic() - begun,
-        )
-        schedule.note(tick)
-        report(progress)
-
+    # shards that are scanned again are handed over one by one, for each may turn out otherwise
+    work = Scanning(tuple(jobs), tuple(done), patience=0.0 if run.retry_errors else HAND_OVER)
+    watch = Watch(schedule, report)
+    if before := schedule.images_done:
+        log.info("%s: going on after %d of %d images", stores[0].path, before, schedule.images)
     with signals(schedule.stop) as caught:
-        schedule.run(attempt)
+        with attempts(work, run, schedule.stop, watch.note) as (attempt, crew):
+            watch.hands = crew.hands if crew else ()
+            schedule.run(partial(watch.attempt, attempt))
         if caught:
             name = signal.Signals(caught[0]).name
-            words = f"{schedule.images_done} of {progress.total} images are committed"
+            words = f"{schedule.images_done} of {schedule.images} images are committed"
             message = f"stopped by {name}: {words}; run the same again (without --overwrite) to go on"
             raise Interrupted(caught[0], message)
         for store, job, part in zip(stores, jobs, schedule.result.each, strict=True):

@@ -9,9 +9,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -22,27 +22,29 @@ from maxact import schedule, thumbs
 from maxact.blocks import plan
 from maxact.catalog import Catalog, is_dataset
 from maxact.choose import choose_channels
-from maxact.config import Crop, Method, ProjectConfig, RunConfig, Seed, cores
+from maxact.config import MOST_AT_ONCE, Crop, Method, ProjectConfig, RunConfig, ScanConfig, Seed
 from maxact.errors import MaxactError, UsageError
-from maxact.fetch import Unreadable, is_unread
+from maxact.fetch import Unreadable, is_unread, look
 from maxact.field import Field
 from maxact.fields import of_taps
 from maxact.files import writing
 from maxact.find import find_taps
 from maxact.ledger import Ledger
+from maxact.local import attempts
 from maxact.models import Model, load_model
 from maxact.preprocess import Preprocess
-from maxact.process import Interrupted, Progress, log_file, show_bytes, signals
+from maxact.process import Interrupted, Progress, Tick, log_file, show_bytes, signals
 from maxact.project import Block, Job, Result
 from maxact.project import project as project_blocks
 from maxact.provenance import describe_source
+from maxact.run_ray import joined
 from maxact.run_settle import Settling
 from maxact.settle import EXPLAINED
 from maxact.store import Store
 from maxact.tap import Tap
 
 log = logging.getLogger("maxact")
-_SPARE = 256 << 20  # bytes of free space that a pass leaves alone
+_SPARE = 16 << 20  # bytes of free space that a pass leaves alone
 _THUMB = 0.33  # bytes that a pixel of the picture of an image takes at most, nearly always
 _DEVIATES = (
     "scores differ from the stored ones by more than %s explains, up to %.2g of the score or of the channel's standard "
@@ -66,9 +68,12 @@ def project(
     max_size: int = 128,
     settle: bool = True,
     batch: int | None = None,
-    device: str = "auto",
+    devices: str = "auto",
     threads: int | None = None,
     readers: int = 16,
+    stall: float = 300.0,
+    cluster: str | None = None,
+    cpus_per_worker: int | None = None,
     overwrite: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     native_log: bool = False,
@@ -86,7 +91,8 @@ def project(
     crop: `field` cuts out what a unit sees, `focus` a square around what the projection shows, `auto` the field
         unless it covers over half of the input. max_size: pixels of a crop's longer side.
     settle: after a scan in 16 bits, put the shown ranks in the order of float32 first.
-    batch: images that the network runs on at once. device, threads, readers: where and with how many threads.
+    batch: images that the network runs on at once. devices, threads, readers, stall, cluster, cpus_per_worker: where
+        and with how many threads, as of `maxact.scan`.
     report: called as it goes on, with how far it is.
 
     Gives the store as it is then. An image that cannot be had any more is recorded in errors.parquet, and its winners
@@ -94,16 +100,22 @@ def project(
     arguments that cannot be meant, and MaxactError for all else that the caller can mend.
     """
     opened = store if isinstance(store, Store) else Store(store)
+    if batch is not None and not 1 <= batch <= MOST_AT_ONCE:
+        raise UsageError(f"batch: expected 1 to {MOST_AT_ONCE:,}, got {batch}")
     wanted = ProjectConfig(ranks, cast(tuple[Method, ...], _items(method)), seed, crop, max_size, settle)
-    run = RunConfig(device, threads, readers)
-    target = run.torch_device()
+    asked = RunConfig(devices, threads, readers, stall=stall, cluster=cluster, cpus_per_worker=cpus_per_worker)
     if not opened.manifest.finished:
         raise MaxactError(f"{opened.path}: the scan is not finished; run `maxact scan` again first")
     if images is not None and (source := describe_source(images)) != opened.manifest.images["source"]:
         raise UsageError(f"images: expected what was scanned ({opened.manifest.images['source']}), got {source}")
     chosen = choose_channels(opened, _items(layers), channels)
     model = scanned_model(opened, network, weights)
-    with Store.lock(opened.path), log_file(opened.path / "run" / "log", native_log):
+    with (
+        joined(asked) as run,
+        Store.lock(opened.path),
+        log_file(opened.path / "run" / "log", native_log),
+    ):
+        target = run.torch_device()
         opened = Store(opened.path)  # as it is now that nobody else changes it
         dataset = images if is_dataset(images) else None
         pass_ = _Pass(opened, model, wanted, run, chosen, dataset, batch, report)
@@ -137,6 +149,30 @@ def scanned_model(store: Store, network: nn.Module | str | None, weights: str | 
             f"({model.weights}); give the ones that were scanned with --weights"
         )
     return replace(model, preprocess=Preprocess.from_json(store.manifest.preprocessing))
+
+
+@dataclass(frozen=True)
+class Projecting:
+    """The second pass, as a worker does it."""
+
+    job: Job
+    patience: float = 0.0
+
+    def on(self, run: RunConfig) -> Projecting:
+        """The same for one worker."""
+        return replace(self, job=self.job.on(run))
+
+    def run(self, blocks: Iterator[Block], stop: threading.Event, report: Callable[[Tick], None]) -> Iterator[Result]:
+        """See `project.project`."""
+        return project_blocks(self.job, blocks, stop, report)
+
+    def merge(self, mine: Result, theirs: Result) -> Result:
+        """Blocks are handed over one by one."""
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """Raises MaxactError where the images cannot be read from here."""
+        look(self.job.catalog)
 
 
 class _Pass:
@@ -205,7 +241,7 @@ class _Pass:
         fields = of_taps(self._model.network, list(self._taps.values()), size)
         with signals(self._stop) as caught:
             if self._settings.settle and self._store.manifest.settings["precision"] != "fp32":
-                self._settle(device)
+                self._settle()
             if not self._stop.is_set():
                 self._project(list(plan(self._store, self._chosen, fields, self._settings, self._ledger)), device)
                 self._keep_pictures()
@@ -214,19 +250,13 @@ class _Pass:
                 raise Interrupted(caught[0], f"stopped by {name}: what is done is kept; run the same again to go on")
             self._finish()
 
-    def _settle(self, device: torch.device) -> None:
+    def _settle(self) -> None:
         """Puts the ranks to be shown in the order of float32, where the scan was of 16 bits."""
         batch = self._batch or self._store.manifest.settings["batch"]
         settling = Settling(self._store, list(self._taps.values()), self._settings.ranks, batch, self._catalog)
         if not settling.taps:
             return
-        begun = time.monotonic()
-
-        def note(done: int) -> None:
-            seconds = time.monotonic() - begun
-            self._report(Progress(len(settling.numbers), 0, done, seconds=seconds, stage="settling"))
-
-        settling.run(self._model, self._run_config, device, self._stop, note)
+        settling.run(self._model, self._run_config, self._stop, self._report)
         if self._stop.is_set():
             return
         self._ledger.bad |= {bad.image: replace(bad, stage="project") for bad in settling.bad}
@@ -238,36 +268,38 @@ class _Pass:
 
     def _project(self, blocks: list[Block], device: torch.device) -> None:
         self._check_space(blocks)
-        total = sum(block.winners for block in blocks)
-        progress = Progress(total, 0, stage="projecting", unit="winners")
-        known = set(self._ledger.whole)
+        left = {block.index: block for block in blocks}
+        progress = Progress(sum(block.winners for block in blocks), 0, stage="projecting", unit="winners")
+        known, unlit, undefined = set(self._ledger.whole), 0, set[str]()
         begun = committed = time.monotonic()
-        with self._store.inputs(self._catalog, self._run_config.readers) as inputs:
-            job = Job(
-                self._model.network,
-                self._model.preprocess,
-                inputs,
-                self._settings,
-                device,
-                self._batch or (32 if device.type == "cpu" else 128),
-                self._run_config.threads or cores(),
-                self._convolutions(),
-                whole=set(known),
-            )
-            patience = schedule.Patience(self._stop)
+        job = Job(
+            self._model.network,
+            self._model.preprocess,
+            self._catalog,
+            ScanConfig.from_json(self._store.manifest.settings),
+            self._settings,
+            self._run_config,
+            device,
+            self._batch or (32 if device.type == "cpu" else 128),
+            self._convolutions(),
+        )
+        patience = schedule.Patience(self._stop)
+        with attempts(Projecting(job), self._run_config, self._stop, lambda tick: None) as (attempt, crew):
             try:
-                while blocks and not self._stop.is_set():
+                while left and not self._stop.is_set():
                     try:
-                        for result in project_blocks(job, blocks, self._stop):
+                        for result in attempt(iter(list(left.values()))):
                             self._keep(result)
-                            self._ledger.whole = sorted(job.whole)
-                            blocks = blocks[1:]
+                            del left[result.block.index]
+                            unlit += result.unlit
+                            undefined |= result.undefined
                             patience.renew()
                             progress = replace(
                                 progress,
                                 done=progress.done + result.block.winners,
                                 bad=len(self._ledger.bad),
                                 seconds=time.monotonic() - begun,
+                                hands=crew.hands if crew else (),
                             )
                             self._report(progress)
                             if time.monotonic() - committed >= schedule.COMMIT_SECONDS:
@@ -275,10 +307,9 @@ class _Pass:
                                 committed = time.monotonic()
                     except Unreadable as error:
                         patience.wait(error, self._commit)
-                        inputs.retry()
             finally:
                 self._commit()
-        self._say(job, known)
+        self._say(undefined, unlit, known)
 
     def _convolutions(self) -> list[tuple[Tap, Field]]:
         """Every convolution of the network with its field: only what winners need of their maps is computed."""
@@ -308,6 +339,8 @@ class _Pass:
         # what could not be read, now, is tried again by the next run
         unread = np.any(np.isin(block.peaks.image, [bad.image for bad in result.bad if is_unread(bad)]), axis=1)
         self._ledger.add(block.place, [block.start + row for row in block.left.tolist() if not unread[row]])
+        if result.whole:
+            self._ledger.whole = sorted({*self._ledger.whole, block.tap.name})
         self._ledger.deviation = max(self._ledger.deviation, result.deviation)
         self._deviation = max(self._deviation, result.deviation)
 
@@ -338,17 +371,17 @@ class _Pass:
         )
         if need + _SPARE > free:
             raise MaxactError(
-                f"{self._store.path}: needs up to {show_bytes(need)}, and {show_bytes(free)} are free; "
+                f"{self._store.path}: needs up to {show_bytes(need + _SPARE)}, and {show_bytes(free)} are free; "
                 "make room, or choose fewer with --layers, --channels, --ranks or a smaller --max-size"
             )
 
-    def _say(self, job: Job, known: set[str]) -> None:
+    def _say(self, undefined: set[str], unlit: int, known: set[str]) -> None:
         """What a user has to know of how the projections were made, once."""
-        for name in sorted(job.undefined):
+        for name in sorted(undefined):
             log.warning("%s: has no rule of its own; its true gradient was used", name)
-        if job.unlit:
-            log.warning("%d winners have an activation of zero or less; their signal starts with 1", job.unlit)
-        for name in sorted(job.whole - known):
+        if unlit:
+            log.warning("%d winners have an activation of zero or less; their signal starts with 1", unlit)
+        for name in sorted({*self._ledger.whole} - known):
             log.warning(
                 "%s: a part of the image does not give the whole one's score here; whole images were used", name
             )

@@ -8,8 +8,8 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +18,50 @@ from numpy.typing import NDArray
 
 from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig, ScanConfig
+from maxact.fetch import look
 from maxact.files import replace_file, writing
+from maxact.local import attempts
 from maxact.models import Model
 from maxact.partial import BadImage
+from maxact.process import Progress, Tick
 from maxact.results import Peaks
-from maxact.scan import Job, Tick
-from maxact.scan import scan as scan_shards
+from maxact.scan import Job, scan
 from maxact.schedule import Schedule
 from maxact.settle import Candidates, Exact, Picker, Settled, considered, settle
 from maxact.store import Store
 from maxact.tap import Tap, columns
+from maxact.together import HAND_OVER
 from maxact.topk import List
+from maxact.watch import Watch
 
 log = logging.getLogger("maxact")
 _DEAR = 0.8  # share of the images from which a float32 scan costs as much
+
+
+@dataclass(frozen=True)
+class Picking:
+    """Picking the candidates' peaks out of their images, as a worker does it."""
+
+    job: Job
+    candidates: Candidates
+    patience: float = HAND_OVER
+
+    def on(self, run: RunConfig) -> Picking:
+        """The same for one worker."""
+        return replace(self, job=self.job.on(run))
+
+    def run(self, shards: Iterator[Shard], stop: threading.Event, report: Callable[[Tick], None]) -> Iterator[Exact]:
+        """See `scan.scan`."""
+        given = scan([self.job], shards, stop, report, lambda shard: [Picker(shard, self.candidates)])
+        return (exact for (exact,) in given if exact)
+
+    def merge(self, mine: Exact, theirs: Exact) -> Exact:
+        """The result of both."""
+        return mine.merge(theirs)
+
+    def look(self) -> None:
+        """Raises MaxactError where the images cannot be read from here."""
+        look(self.job.catalog)
 
 
 class Settling:
@@ -109,11 +139,8 @@ class Settling:
         """The state's own file: other lists may be half settled at the same time."""
         return self._store.path / "run" / f"settling-{hashlib.sha256(self._about.encode()).hexdigest()[:12]}"
 
-    def run(
-        self, model: Model, run: RunConfig, device: torch.device, stop: threading.Event, note: Callable[[int], None]
-    ) -> None:
-        """Scans the images, committing like a scan, and finds the settled lists, unless `stop` ends it. `note` is told
-        how many images are done."""
+    def run(self, model: Model, run: RunConfig, stop: threading.Event, report: Callable[[Progress], None]) -> None:
+        """Scans the images, committing like a scan, and finds the settled lists, unless `stop` ends it."""
         share = len(self.numbers) / max(1, len(self._all))
         dear = "; a scan in float32 would have cost the same" if share > _DEAR else ""
         log.info(
@@ -130,25 +157,14 @@ class Settling:
             self.catalog,
             self.settings,
             run,
-            device,
+            run.torch_device(),
         )
         schedule = Schedule[Exact](self, allowed_bad=len(self.numbers))
         schedule.stop = stop
-        done = schedule.images_done
-
-        def tick(tick: Tick) -> None:
-            nonlocal done
-            done += tick.images
-            schedule.note(tick)
-            note(done)
-
-        def attempt(shards: Iterator[Shard]) -> Iterator[Exact]:
-            nonlocal done
-            done = schedule.images_done
-            given = scan_shards([job], shards, stop, tick, lambda shard: [Picker(shard, candidates)])
-            return (exact for (exact,) in given if exact)
-
-        schedule.run(attempt)
+        watch = Watch(schedule, report, "settling")
+        with attempts(Picking(job, candidates), run, stop, watch.note) as (attempt, crew):
+            watch.hands = crew.hands if crew else ()
+            schedule.run(partial(watch.attempt, attempt))
         if not stop.is_set():
             self._settle(schedule.result)
 

@@ -15,9 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import nn
 from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import Decoder, make_decoder
+from maxact.dense import Dense, Target
 from maxact.errors import OutOfMemory
 from maxact.fetch import Unreadable
 from maxact.loader import Batch, load
@@ -35,6 +37,7 @@ from maxact.models import Normalised
 from maxact.numerics import kept_memory, numerics
 from maxact.partial import BadImage, Tally
 from maxact.preprocess import Preprocess
+from maxact.process import Tick
 from maxact.tap import Tap
 from maxact.taps import Pending, Taps
 from maxact_kernels.peaks import Peaks
@@ -55,26 +58,25 @@ class Job:
     settings: ScanConfig
     run: RunConfig
     device: torch.device
+    store: Path | None = None  # where the values of every image go, if they are to be kept
+
+    def on(self, run: RunConfig) -> Job:
+        """The same for one worker, whose device and threads `run` says."""
+        return replace(self, run=run, device=run.torch_device())
 
     def tally(self, shard: Shard) -> Tally:
         """What counts a shard of a scan: the strongest peaks and the statistics."""
-        return Tally(shard, sum(tap.channels for tap in self.taps), self.settings.kept())
+        settings, channels = self.settings, sum(tap.channels for tap in self.taps)
+        if self.store is None or settings.pooled is None:
+            return Tally(shard, channels, settings.kept())
+        assert settings.shard
+        target = Target(self.store, settings.pooled, self.taps, len(self.catalog), settings.shard)
+        return Dense(shard, channels, settings.kept(), target)
 
     @property
     def pixels(self) -> tuple[str, Preprocess]:
         """What decides the pixels: jobs that agree in it share one decoding."""
         return self.settings.decoder, self.preprocess.without_normalisation()
-
-
-@dataclass(frozen=True)
-class Tick:
-    """One batch is through: how many of its images there were, the bad ones, those left out as grey, and the
-    seconds that the loop waited for it. (Of several decodings, the one with the most bad images.)"""
-
-    images: int
-    bad: tuple[BadImage, ...]
-    grey: int
-    waited: float
 
 
 class Counting(Protocol[P_co]):
@@ -100,6 +102,7 @@ def scan(
     shards before it.
     """
     failure: Unreadable | OutOfMemory | None = None
+    shard: int | None = None
     with running(jobs, shards) as (loaded, networks), _Counter(count) as counter:
         asked = time.perf_counter()
         try:
@@ -113,9 +116,10 @@ def scan(
                         counter.add(tally, batch, peaks)  # while the network is at the next batch
                 if batches[0].ends_shard:
                     counter.close()
-                yield from counter.finished()
                 worst = max(batches, key=lambda batch: len(batch.bad))
-                report(Tick(worst.present, worst.bad, worst.grey, waited))
+                begins, shard = worst.shard.index != shard, worst.shard.index
+                report(Tick(shard, begins, worst.present, worst.bad, worst.grey, waited))
+                yield from counter.finished()
                 if stop.is_set():
                     break
                 asked = time.perf_counter()
@@ -189,7 +193,8 @@ class _Shard(Generic[P]):
 
 
 class _Counter(Generic[P]):
-    """Counts batches on a thread of its own, in their order, shard by shard."""
+    """Counts batches on a thread of its own, in their order, shard by shard, and closes shards on another: closing one
+    may write much (`dense.py`), and the next one is counted meanwhile."""
 
     def __init__(self, count: Callable[[Shard], Sequence[Counting[P] | None]]) -> None:
         self._count = count
@@ -199,10 +204,12 @@ class _Counter(Generic[P]):
 
     def __enter__(self) -> _Counter[P]:
         self._thread = ThreadPoolExecutor(1, "maxact-count")
+        self._closer = ThreadPoolExecutor(1, "maxact-close")
         return self
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
+        self._closer.shutdown()
 
     def tallies(self, shard: Shard) -> Sequence[_Shard[P] | None]:
         """What counts the shard in hand, for every job."""
@@ -220,7 +227,8 @@ class _Counter(Generic[P]):
 
     def close(self) -> None:
         """The shard in hand is through."""
-        self._closed.append(self._thread.submit(_close, self._shards, tuple(self._counting)))
+        wait(self._closed)  # in memory are two shards at most
+        self._closed.append(self._closer.submit(_close, self._shards, tuple(self._counting)))
         self._shards = []
 
     def finished(self) -> Iterator[tuple[P | None, ...]]:
@@ -241,6 +249,6 @@ def _count(counting: Counting[P], peaks: Pending, numbers: NDArray[np.int64]) ->
 
 
 def _close(shards: Sequence[_Shard[P] | None], counting: Sequence[Future[None]]) -> tuple[P | None, ...]:
-    for counted in counting:  # done by this very thread: a batch that failed must not be missing without a word
+    for counted in counting:  # all of them, and a batch that failed must not be missing without a word
         counted.result()
     return tuple(None if shard is None else shard.counting.close(shard.bad, shard.grey) for shard in shards)

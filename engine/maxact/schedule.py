@@ -13,7 +13,7 @@ from maxact.errors import MaxactError, OutOfMemory
 from maxact.fetch import Unreadable
 from maxact.numerics import give_back
 from maxact.partial import BadImage
-from maxact.scan import Tick
+from maxact.process import Tick
 
 COMMIT_SECONDS = 30.0  # between two commits, at least
 PAUSES = (5.0, 30.0, 120.0)  # seconds to wait for storage that has gone, growing; then the run stops
@@ -114,6 +114,11 @@ class Schedule(Generic[P]):
         """The shards that are not done, in order."""
         done = (self._result.shards if self._result else frozenset()) - self._again
         return [shard for shard in self._shards if shard.index not in done]
+
+    @property
+    def images(self) -> int:
+        """Images in all."""
+        return len(self._book.catalog)
 
     @property
     def images_done(self) -> int:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from maxact import packed
+from maxact import packed, run_ray
 from maxact.catalog import Catalog, is_dataset
 from maxact.config import RunConfig, ScanConfig
+from maxact.dense import FOLDER, size
 from maxact.errors import MaxactError
 from maxact.find import Found
+from maxact.local import call
 from maxact.manifest import Manifest
 from maxact.models import Model
+from maxact.pooled import disk_bytes
 from maxact.probe import fitting_together, probe
+from maxact.process import show_bytes
 from maxact.provenance import describe_source, versions
 from maxact.scan import Job
 from maxact.store import Store
 
+T = TypeVar("T")
 log = logging.getLogger("maxact")
 _CHOSEN = ("precision", "batch", "shard", "compile")  # chosen when a store is started, and kept
 
@@ -93,18 +99,20 @@ def start(
             settings = replace(each.settings, **kept).resolve(device, len(catalog))
             images = source.describe(len(catalog), store.manifest.images.get("packed", ()))
             _check_same(store, _manifest(each, images, settings, device))
+            store.start_pooled()
             opened[each.path] = store, _job(each, catalog, settings, run, device)
+    _check_room(starts, there, len(catalog))
     fresh = [each for each in starts if each.path not in there]
     jobs = {}
     for each in fresh:
         wanted = replace(each.settings, **{name: value for name, value in shared.items() if _free(each, name)})
-        jobs[each.path] = probe(_job(each, catalog, wanted, run, device))
+        jobs[each.path] = _probe(_job(each, catalog, wanted, run, device))
     if fresh:
         smallest = min(job.settings.batch or 0 for job in jobs.values())
         if device.type == "cuda" and len(starts) > 1:
             several = [*(job for _, job in opened.values()), *jobs.values()]
             fixed = bool(shared) or any(each.settings.batch is not None for each in fresh)
-            smallest = fitting_together(several, smallest, fixed)
+            smallest = _try(run, lambda own: fitting_together([job.on(own) for job in several], smallest, fixed))
         images = source.describe(len(catalog), packed.describe(catalog.table))
         for each in fresh:
             job = jobs[each.path]
@@ -114,6 +122,7 @@ def start(
                 Store.remove(each.path)
             manifest = _manifest(each, images, settings, device)
             store = Store.create(each.path, manifest, catalog)
+            store.start_pooled()
             _log_start(manifest, each.found, device)
             opened[each.path] = store, replace(job, settings=settings)
     return [opened[each.path] for each in starts]
@@ -124,7 +133,26 @@ def _free(each: Start, name: str) -> bool:
 
 
 def _job(each: Start, catalog: Catalog, settings: ScanConfig, run: RunConfig, device: torch.device) -> Job:
-    return Job(each.model.network, each.model.preprocess, each.found.taps, catalog, settings, run, device)
+    # workers need not have this process's working directory
+    store = each.path.absolute() if settings.pooled else None
+    return Job(each.model.network, each.model.preprocess, each.found.taps, catalog, settings, run, device, store)
+
+
+def _probe(job: Job) -> Job:
+    """See `probe`; on a GPU or a cluster where the work will be."""
+    compiles = job.settings.resolve(job.device, len(job.catalog)).compile
+    if job.device.type == "cpu" and not (compiles and job.run.cluster):
+        return probe(job)
+    return replace(job, settings=_try(job.run, lambda own: probe(job.on(own)).settings))
+
+
+def _try(run: RunConfig, function: Callable[[RunConfig], T]) -> T:
+    """What a function gives as the first worker runs: in a process of its own, for DALI keeps the memory that it has
+    had, or on a cluster in one of its workers."""
+    if run.cluster is not None:
+        return run_ray.call(run, function)
+    own = run.each()[0]
+    return call(own.devices, function, own)
 
 
 def _manifest(each: Start, images: dict[str, Any], settings: ScanConfig, device: torch.device) -> Manifest:
@@ -144,6 +172,38 @@ def _check_same(store: Store, wanted: Manifest) -> None:
             f"{store.path}: was made otherwise ({'; '.join(differences)}); "
             "give the same arguments, another store, or --overwrite"
         )
+
+
+def _check_room(starts: Sequence[Start], there: dict[Path, Store], images: int) -> None:
+    """Raises MaxactError where the values of every image that is left, if they are to be kept, may not fit on the disk
+    (the stores of one scan are on one)."""
+    need = freed = 0
+    for each in starts:
+        if not each.settings.pooled:
+            continue
+        store = there.get(each.path)
+        left = _images_left(store) if store else images
+        freed += 0 if store else disk_bytes(each.path)  # of what is to be overwritten
+        need += size(left, each.found.channels)
+    if not need:
+        return
+    place = next(folder for folder in (starts[0].path, *starts[0].path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free + freed
+    if need > free:
+        raise MaxactError(
+            f"{starts[0].path}: the {FOLDER} values of the images to scan take up to {show_bytes(need)} and "
+            f"{show_bytes(free)} are free (compression, which saves some, is not counted on); "
+            f"make room, choose fewer --layers or leave --pooled out"
+        )
+
+
+def _images_left(store: Store) -> int:
+    """The images in shards that are not committed."""
+    if store.manifest.finished:
+        return 0
+    state = store.state()
+    done = state.shards if state else frozenset()
+    return sum(shard.stop - shard.start for shard in store.catalog.shards(store.shard) if shard.index not in done)
 
 
 def _check_alike(store: Store, other: Store) -> None:

@@ -1,17 +1,24 @@
-"""Several networks over one decoding: their stores as the one book that a Schedule fills.
+"""The first pass of one network or several over one decoding: the work, what it gives, and the stores as one book.
 
 A shard is done when every store has it; what a store has already is left out when the others still lack it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from maxact.catalog import Catalog, Shard
+from maxact.config import RunConfig
+from maxact.fetch import look
 from maxact.partial import BadImage, Partial
+from maxact.process import Tick
+from maxact.scan import Counting, Job, scan
 from maxact.store import Store
+
+HAND_OVER = 3.0  # seconds for which a worker merges its shards
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,34 @@ def _merge(mine: Partial | None, theirs: Partial | None) -> Partial | None:
     if mine is None or theirs is None:
         return mine or theirs
     return mine if theirs.shards <= mine.shards else mine.merge(theirs)
+
+
+@dataclass(frozen=True)
+class Scanning:
+    """The first pass, as a worker does it: the jobs, and of each the shards that its store has already."""
+
+    jobs: tuple[Job, ...]
+    done: tuple[frozenset[int], ...]
+    patience: float = HAND_OVER
+
+    def on(self, run: RunConfig) -> Scanning:
+        """The same for one worker."""
+        return replace(self, jobs=tuple(job.on(run) for job in self.jobs))
+
+    def run(self, shards: Iterator[Shard], stop: threading.Event, report: Callable[[Tick], None]) -> Iterator[Parts]:
+        """See `scan.scan`."""
+        return map(Parts, scan(self.jobs, shards, stop, report, self._count))
+
+    def _count(self, shard: Shard) -> list[Counting[Partial] | None]:
+        return [None if shard.index in has else job.tally(shard) for job, has in zip(self.jobs, self.done, strict=True)]
+
+    def merge(self, mine: Parts, theirs: Parts) -> Parts:
+        """The result of both."""
+        return mine.merge(theirs)
+
+    def look(self) -> None:
+        """Raises MaxactError where the images cannot be read from here."""
+        look(self.jobs[0].catalog)
 
 
 class Stores:

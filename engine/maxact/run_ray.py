@@ -1,0 +1,432 @@
+"""Workers on a Ray cluster: an actor for each GPU, or for some CPU cores. Ray is imported only here, when it is needed.
+
+An actor is a `worker.Worker` on a thread of its own. The driver has one call of `listen` under way to each of them,
+which returns as soon as the worker has said something that waits for an answer; orders go by calls that nobody waits
+for. An actor for which there is no room is waited for while the others work, and Ray places it when a node has come.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maxact.config import RunConfig
+from maxact.crew import Crew
+from maxact.environment import BEST
+from maxact.errors import MaxactError, UsageError
+from maxact.process import Tick
+from maxact.provenance import versions
+from maxact.worker import Done, Given, Gone, Message, Order, Telling, Work, Worker, describe, pickled
+
+T = TypeVar("T")
+_ANSWER = 5.0  # seconds in which a cluster has to answer
+_PACE = 0.5  # seconds for which ticks wait for company
+_GLANCE = 10.0  # seconds from one look at the cluster's nodes to the next
+_ALIKE = ("maxact", "torch", "torchvision", "nvidia-dali-cuda130")  # versions that decide what comes out
+
+log = logging.getLogger("maxact")
+
+
+@contextmanager
+def joined(run: RunConfig) -> Iterator[RunConfig]:
+    """Inside, this process belongs to the cluster of `run`, whose kind of devices is said; without a cluster, nothing.
+
+    `auto` is the cluster of RAY_ADDRESS or of this machine, or one that is started here and ends with the block. Raises
+    UsageError where Ray is not installed, and MaxactError where there is no such cluster, or it lacks such devices.
+    """
+    if run.cluster is None:
+        yield run
+        return
+    ray = _ray()
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(run.cluster)
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0) >= 1
+        if run.devices == "cuda" and not gpus:
+            raise MaxactError(f"cluster: {run.cluster} has no GPUs; --devices cpu runs on its CPUs")
+        yield replace(run, devices="cuda" if gpus and run.devices != "cpu" else "cpu")
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _ray() -> ModuleType:
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("cluster: needs Ray: pip install 'maxact[ray]'") from None
+    return ray
+
+
+def _connect(cluster: str) -> None:
+    ray = _ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or some versions warn of what changes there
+    address = _address(cluster)
+    if address is None:
+        log.info("no Ray cluster found: starting one on this machine")
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise MaxactError(
+            f"cluster: {address or cluster} cannot be joined ({reason}); see that the versions of Ray and Python are "
+            "its own, and so are RAY_AUTH_MODE and the token, where it asks for one"
+        ) from error
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, handler)
+    # or the end of any worker is told in many lines on standard output; what matters of it comes as Gone
+    ray._private.worker._worker_logs_enabled = False
+
+
+def _address(cluster: str) -> str | None:
+    """Where a cluster answers, HOST:PORT; None where `auto` finds none. Raises MaxactError where none answers there."""
+    named = os.environ.get("RAY_ADDRESS", "") if cluster == "auto" else cluster
+    found = named
+    if named in ("", "auto", "local"):
+        named = found = ""
+        with suppress(ConnectionError):  # it has none in its files
+            found = _ray()._private.services.canonicalize_bootstrap_address("auto") or ""
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+        return found
+    except (OSError, ValueError, OverflowError) as error:  # Ray itself would try for minutes
+        if named:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise MaxactError(f"cluster: no Ray answers at {named} ({reason}); expected auto or HOST:PORT") from None
+        return None
+
+
+# On the workers
+
+
+@dataclass(frozen=True)
+class _Where:
+    """What an actor says of itself."""
+
+    node: str
+    versions: dict[str, str]
+
+
+class _Actor:
+    """A worker in a process of the cluster."""
+
+    def __init__(self) -> None:
+        self._outbox: SimpleQueue[Message] = SimpleQueue()
+        self._free = threading.Event()  # nothing in the outbox but words
+        self._free.set()
+        self._begun = threading.Event()
+
+    def hello(self) -> _Where:
+        """Called first: answered when there is room for the actor."""
+        return _Where(_ray().util.get_node_ip_address(), versions(torch.device("cpu")))
+
+    def begin(self, load: NDArray[np.uint8], run: RunConfig, paths: list[str], name: str, look: bool) -> None:
+        """Takes the work, pickled: once, before anything else. What goes wrong is said."""
+        sys.path += [path for path in paths if path not in sys.path]
+        log.setLevel(logging.INFO)
+        log.addHandler(Telling(self._send))
+        try:
+            work: Work[Any, Any] = pickle.loads(load.data)
+            if look:
+                work.look()
+            self._worker = Worker(work.on(run), self._send, self._free.is_set)
+        except MaxactError as error:
+            self._send(Done(MaxactError(f"{name}: {error}")))
+        except Exception as error:
+            self._send(Gone(describe(error)))
+        else:
+            threading.Thread(target=self._serve, daemon=True).start()
+            self._begun.set()
+
+    def tell(self, order: Order) -> None:
+        """Takes an order."""
+        self._begun.wait()
+        self._worker.tell(order)
+
+    def listen(self) -> tuple[bytes, list[pickle.PickleBuffer]]:
+        """What the worker has said since: waits for it. Pickled, for what Ray gives lies in its store, and stays there
+        as long as any array of it lives."""
+        said, until = [self._outbox.get()], time.monotonic() + _PACE
+        with suppress(Empty):
+            while True:
+                if not isinstance(said[-1], Tick):
+                    until = 0.0  # it waits for an answer
+                said.append(self._outbox.get(timeout=max(0.0, until - time.monotonic())))
+        if any(isinstance(message, Given) for message in said):
+            self._free.set()
+        buffers: list[pickle.PickleBuffer] = []
+        return pickle.dumps(said, protocol=5, buffer_callback=buffers.append), buffers
+
+    def _send(self, message: Message) -> None:
+        if isinstance(message, Given):
+            self._free.clear()
+        self._outbox.put(message)
+
+    def _serve(self) -> None:
+        try:
+            self._worker.serve()
+        except BaseException as error:
+            self._send(Gone(describe(error)))
+
+
+# At the driver
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What a worker takes of a node."""
+
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        return f"{self.gpus} GPU and {self.cpus} CPUs" if self.gpus else f"{self.cpus} CPUs"
+
+
+class _Contact:
+    """An actor, as its driver reaches it."""
+
+    def __init__(self, name: str, actor: Any, need: _Need) -> None:
+        self.name, self.ready, self.gone = name, False, False
+        self.actor, self.need = actor, need
+
+    def tell(self, order: Order) -> None:
+        """Sends an order."""
+        if not self.gone:
+            self.actor.tell.options(concurrency_group="orders", num_returns=0).remote(order)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.gone = True
+        _ray().kill(self.actor)
+
+
+class Actors:
+    """An actor at a work for each GPU of the cluster that this process has joined, or for every so many of its CPUs."""
+
+    def __init__(self, work: Work[Any, Any], run: RunConfig, most: int | None = None) -> None:
+        """At most `most` of them. Raises MaxactError where there is room for none."""
+        self._work, self._run, self._most = work, run, most
+        self._needs = _needs(run)[:most]
+        if not self._needs:
+            raise MaxactError(f"cluster: {run.cluster} has no node with {_Need(run.cpus_per_worker or 1, 0)}")
+        self._asked: dict[Any, _Contact] = {}  # what is being waited for, by what it is
+        self._heard: list[_Contact] = []
+        self._fresh = True  # nothing has been handed over yet
+        self._manned = self._glanced = time.monotonic()
+        self._missing = 0
+
+    @property
+    def places(self) -> list[str]:
+        """The workers' names."""
+        return [f"worker {number}" for number in range(len(self._needs))]
+
+    def __enter__(self) -> Actors:
+        self._load = _ray().put(np.frombuffer(pickled(self._work), np.uint8))  # once, whatever number of workers
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for contact in {*self._asked.values(), *self._heard}:
+            contact.kill()
+
+    def hire(self, place: int) -> _Contact:
+        """Asks for an actor at a place."""
+        need = self._needs[place]
+        kind = _ray().remote(concurrency_groups={"orders": 1})(_Actor)
+        environment = {"env_vars": {name: os.environ.get(name, value) for name, value in BEST.items()}}
+        actor = kind.options(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=0, runtime_env=environment).remote()
+        contact = _Contact(self.places[place], actor, need)
+        self._asked[actor.hello.remote()] = contact
+        return contact
+
+    def wait(self, seconds: float) -> list[tuple[_Contact, Message]]:
+        """What they have said."""
+        ray = _ray()
+        for contact in self._heard:  # not earlier: by now what they said is dealt with
+            if not contact.gone:
+                self._asked[contact.actor.listen.remote()] = contact
+        self._heard = []
+        self._asked = {ref: contact for ref, contact in self._asked.items() if not contact.gone}
+        self._glance()
+        if not self._asked:
+            time.sleep(seconds)
+            return []
+        refs = list(self._asked)
+        ready, _ = ray.wait(refs, timeout=seconds)
+        if ready:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        return [said for ref in ready for said in self._receive(ref)]
+
+    def _receive(self, ref: Any) -> list[tuple[_Contact, Message]]:
+        contact = self._asked.pop(ref)
+        try:
+            given = _ray().get(ref)
+        except _ray().exceptions.RayError as error:
+            return [(contact, Gone(_reason(error)))]
+        self._heard.append(contact)
+        if isinstance(given, _Where):
+            self._begin(contact, given)
+            return []
+        head, buffers = given
+        messages = pickle.loads(head, buffers=[bytearray(buffer) for buffer in buffers])
+        self._fresh &= not any(isinstance(message, Given) for message in messages)
+        return [(contact, message) for message in messages]
+
+    def _begin(self, contact: _Contact, where: _Where) -> None:
+        """There is an actor: it gets the work. Raises MaxactError where its versions are not ours."""
+        contact.name += f" ({where.node})"
+        ours = versions(torch.device("cpu"))
+        if other := [f"{name} {where.versions.get(name)}, not {ours.get(name)}" for name in _ALIKE
+                     if where.versions.get(name) != ours.get(name)]:  # fmt: skip
+            raise MaxactError(f"{contact.name}: has {'; '.join(other)}; install the same on every node")
+        device = "cuda:0" if contact.need.gpus else "cpu"  # Ray shows each worker its own GPU alone
+        threads = max(1, contact.need.cpus)
+        run = replace(
+            self._run,
+            cluster=None,
+            cpus_per_worker=None,
+            devices=device,
+            threads=self._run.threads or threads,
+            decode_threads=self._run.decode_threads or threads,
+        )
+        paths = [path for path in sys.path if isinstance(path, str)]
+        contact.actor.begin.options(num_returns=0).remote(self._load, run, paths, contact.name, self._fresh)
+        contact.ready = True
+
+    def _glance(self) -> None:
+        """Looks for room. Raises MaxactError where for long there has been none for anyone."""
+        now = time.monotonic()
+        if any(contact.ready for contact in self._asked.values()):
+            self._manned = now
+        elif now - self._manned > self._run.stall:
+            need = next(iter(self._asked.values())).need if self._asked else self._needs[0]
+            raise MaxactError(
+                f"cluster: {self._run.cluster} had no room for a worker ({need}) for {self._run.stall:.0f} s; "
+                "`ray status` says who has it; run the same again when there is some"
+            )
+        if now - self._glanced < _GLANCE:
+            return
+        self._glanced = now
+        missing = sum(not contact.ready for contact in self._asked.values())
+        if not missing:
+            self._needs += _needs(self._run)[len(self._needs) : self._most]  # nodes that have joined
+        if missing != self._missing and missing:
+            log.info("%d of %d workers are starting, or wait for room in the cluster", missing, len(self._needs))
+        self._missing = missing
+
+
+def _needs(run: RunConfig) -> list[_Need]:
+    """What each of the workers takes that the nodes have room for: a GPU and its part of the node's CPUs, or as many
+    CPUs as are said, or all of a node's."""
+    found = []
+    for node in _ray().nodes():
+        has = node["Resources"]
+        cpus, gpus = int(has.get("CPU", 0)), int(has.get("GPU", 0))
+        if not node["Alive"]:
+            continue
+        if run.devices == "cuda" and gpus:
+            each = run.cpus_per_worker or cpus // gpus
+            found += [_Need(each, 1)] * (min(gpus, cpus // each) if each else gpus)
+        elif run.devices == "cpu" and cpus:
+            each = run.cpus_per_worker or cpus
+            found += [_Need(each, 0)] * (cpus // each)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """What Ray says in many lines."""
+    words = str(error)
+    if isinstance(error, _ray().exceptions.ActorUnavailableError):
+        return "its node does not answer"
+    if "low on memory" in words:
+        return "killed, for its node ran low on memory"
+    lines = [line.strip() for line in words.splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1].removeprefix("The actor is dead because ").split(". ")[0]
+
+
+# One call
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a function gave, or the error that it raised."""
+
+    value: Any
+    error: MaxactError | None = None
+    touched: tuple[int] = (0,)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """The only item of its work."""
+
+    index: int = 0
+
+    def __str__(self) -> str:
+        return "the first batch"
+
+
+@dataclass(frozen=True)
+class _Once:
+    """A work that calls a function once, with how the worker runs."""
+
+    function: Callable[[RunConfig], Any]
+    own: RunConfig
+    patience: float = 0.0
+
+    def on(self, run: RunConfig) -> _Once:
+        """The same for one worker."""
+        return replace(self, own=run)
+
+    def run(
+        self, items: Iterator[_Question], stop: threading.Event, report: Callable[[Tick], None]
+    ) -> Iterator[_Answer]:
+        """Calls it."""
+        for _ in items:
+            try:
+                yield _Answer(self.function(self.own))
+            except MaxactError as error:
+                yield _Answer(None, error)
+
+    def merge(self, mine: _Answer, theirs: _Answer) -> _Answer:
+        """There is only one."""
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """It reads what it reads."""
+
+
+def call(run: RunConfig, function: Callable[[RunConfig], T]) -> T:
+    """What a function gives on one of the cluster's workers, whose way of running it is told.
+
+    Raises the MaxactError that it raises, and MaxactError where the workers die of it.
+    """
+    with Actors(_Once(function, run), run, most=1) as actors:
+        stop = threading.Event()
+        crew = Crew[_Question, _Answer](actors, stop=stop, report=lambda tick: None, stall=float("inf"))
+        (answer,) = crew.run(iter([_Question()]))
+    if answer.error:
+        raise answer.error
+    return cast(T, answer.value)
