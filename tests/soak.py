@@ -7,6 +7,8 @@ is gone for a while, and memory runs out. Then the store must be, array for arra
 over the images that are left, and nothing may be left behind: no process, no temporary file, no shared memory; and
 nobody may ever have seen a traceback.
 
+With Ray installed, some runs are those of a cluster of two nodes on this machine, of which one is killed now and then.
+
 It needs Linux; a full disk also the right to mount a tmpfs, and a store that cannot be written to that of `chattr +i`.
 Where they are missing, these faults are left out, and it says so.
 """
@@ -25,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +42,66 @@ ARGUMENTS = (
     *("--top", "5", "--bottom", "2", "--batch", "2", "--shard", "4", "--threads", "1", "--decode-threads", "1"),
 )
 PROJECT = ("--ranks", "2", "--max-size", "32", "--batch", "4", "--threads", "1")
-DEVICES = ("cpu", "cpu:2", "cpu:3")
+DEVICES = ("cpu", "cpu:2", "cpu:3", "ray")
 LIVES = 60  # of one command: more than any round can need
 DISK = 48 << 20  # bytes of the disk that is filled
+MEMORY = 80 << 20  # bytes of a node's object store
 
 
 class Mismatch(Exception):
     """A store that is not what it has to be."""
 
 
+class Nodes:
+    """A Ray cluster of two nodes of one CPU each, and a head that does no work."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster()
+        self._cluster.add_node(num_cpus=0, object_store_memory=MEMORY, include_dashboard=False)
+        self._nodes: list[Any] = []
+        self.grow()
+
+    def grow(self) -> None:
+        """Until there are two."""
+        while len(self._nodes) < 2:
+            self._nodes.append(self._cluster.add_node(num_cpus=1, object_store_memory=MEMORY))
+        self._cluster.wait_for_nodes()
+
+    def kill(self, draw: random.Random) -> None:
+        """One of them, as a loss of power would."""
+        if self._nodes:
+            self._cluster.remove_node(self._nodes.pop(draw.randrange(len(self._nodes))), allow_graceful=False)
+
+    def options(self) -> tuple[str, ...]:
+        """Of a command that is to run there."""
+        return "--cluster", self._cluster.address, "--cpus-per-worker", "1"
+
+    def close(self) -> None:
+        """Ends it."""
+        self._cluster.shutdown()
+
+
 class Faults:
     """What can happen to a run, each by its name, and undone in the end."""
 
-    def __init__(self, draw: random.Random, images: Path, pristine: Path, store: Path, disk: Path | None) -> None:
+    def __init__(
+        self, draw: random.Random, images: Path, pristine: Path, store: Path, disk: Path | None, nodes: Nodes | None
+    ) -> None:
         self.draw, self.images, self.pristine, self.store, self.disk = draw, images, pristine, store, disk
+        self.nodes = nodes
         self.tampered: set[str] = set()
         self.undo: list[tuple[float, Callable[[], None]]] = []
         self.counts: Counter[str] = Counter()
 
-    def possible(self, scanning: bool) -> list[str]:
+    def possible(self, scanning: bool, on_ray: bool) -> list[str]:
         """The faults that there are, images spoilt only while they are scanned."""
         names = ["kill driver", "kill worker", "stop driver", "stop worker", "end driver", "memory"]
         if self.disk:
             names += ["disk full", "not writable"]
+        if on_ray:
+            names += ["kill node", "kill node"]
         if (self.store / "images.parquet").exists():  # earlier, it would be another catalog
             names += ["folder away"]
             if scanning:
@@ -85,6 +124,10 @@ class Faults:
                     return
                 case "kill worker":
                     os.kill(self.draw.choice(workers), signal.SIGKILL)
+                case "kill node":
+                    assert self.nodes
+                    self.nodes.kill(self.draw)
+                    self._later(self.draw.uniform(0.5, 3.0), self.nodes.grow)
                 case "stop worker":
                     self._stop(self.draw.choice(workers))
                 case "folder away":
@@ -167,12 +210,21 @@ def _put_back(away: Path, folder: Path) -> None:
 
 
 def _workers(driver: int) -> list[int]:
-    """The worker processes of a driver."""
+    """The worker processes of a driver, and Ray's."""
     found: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{driver}/task").iterdir():
             found += [int(pid) for pid in (task / "children").read_text().split()]
-    return [pid for pid in found if b"maxact" in _cmdline(pid)]
+    found += [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal() and _is_actor(int(path.name))]
+    return [pid for pid in found if _is_worker(pid)]
+
+
+def _is_worker(pid: int) -> bool:
+    return b"maxact" in _cmdline(pid) or _is_actor(pid)
+
+
+def _is_actor(pid: int) -> bool:
+    return _cmdline(pid).startswith(b"ray::Actor")
 
 
 def _cmdline(pid: int) -> bytes:
@@ -186,7 +238,10 @@ def endure(words: list[object], faults: Faults, scanning: bool, devices: list[st
     """Runs a command until it ends well, with things happening to it; says how often it was started."""
     draw = faults.draw
     for life in range(1, LIVES + 1):
-        child = command(*words, "--devices", draw.choice(devices), seconds=draw.choice([0.0, 0.2, 1.0]))
+        where = draw.choice(devices)
+        on_ray = where == "ray"
+        options = faults.nodes.options() if on_ray and faults.nodes else ("--devices", where)
+        child = command(*words, *options, seconds=draw.choice([0.0, 0.2, 1.0]))
         calm = life > LIVES // 3 or draw.random() < 0.15 * life  # or it would take for ever
         seen: set[int] = set()
         while child.process.exitcode is None:
@@ -194,15 +249,15 @@ def endure(words: list[object], faults: Faults, scanning: bool, devices: list[st
             faults.settle()
             child.process.join(draw.uniform(0.05, 0.6))
             if not calm and child.process.exitcode is None and draw.random() < 0.5:
-                faults.happen(draw.choice(faults.possible(scanning)), child)
+                faults.happen(draw.choice(faults.possible(scanning, on_ray)), child)
         code = child.wait()
         faults.settle(everything=True)
         if "Traceback" in child.err:
             raise Mismatch(f"a traceback: {child.err}")
         if code not in (0, 1, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
             raise Mismatch(f"exit code {code}: {child.err}")
-        end = time.monotonic() + 10
-        while alive := [pid for pid in seen if b"maxact" in _cmdline(pid)]:
+        end = time.monotonic() + 30
+        while alive := [pid for pid in seen if _is_worker(pid)]:
             if time.monotonic() > end:
                 raise Mismatch(f"processes stayed behind: {alive}")
             time.sleep(0.05)
@@ -236,12 +291,11 @@ def compare(store: Path, reference: Path) -> None:
 class Soak:
     """Rounds, and what they share: pristine images, and references."""
 
-    def __init__(self, folder: Path, disk: Path | None, devices: list[str]) -> None:
-        self._folder, self._disk, self._devices = folder, disk, devices
+    def __init__(self, folder: Path, disk: Path | None, devices: list[str], nodes: Nodes | None) -> None:
+        self._folder, self._disk, self._devices, self._nodes = folder, disk, devices, nodes
         self._pristine = folder / "pristine"
         self.faults, self.lives = Counter[str](), 0
         write_photographs(self._pristine, IMAGES)
-        os.environ["MAXACT_SOAK"] = str(disk or folder)
 
     def round(self, seed: int) -> None:
         """One round. Raises Mismatch."""
@@ -250,7 +304,7 @@ class Soak:
         shutil.rmtree(store, ignore_errors=True)
         shutil.copytree(self._pristine, images)
         draw = random.Random(seed)
-        faults = Faults(draw, images, self._pristine, store, self._disk)
+        faults = Faults(draw, images, self._pristine, store, self._disk, self._nodes)
         precision = draw.choice(["fp32", "bf16"])
         words = ["scan", "soaked:network", images, store, *ARGUMENTS, "--precision", precision, "--max-bad", "30"]
         try:
@@ -314,7 +368,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 def shared_memory() -> set[str]:
     """The names of what there is of it."""
-    return {entry.name for entry in os.scandir("/dev/shm") if entry.is_file()}
+    return {entry.name for entry in os.scandir("/dev/shm") if entry.is_file() and not entry.name.startswith("plasma")}
 
 
 def main() -> int:
@@ -327,9 +381,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     end, mismatches, rounds = time.monotonic() + args.seconds, [], 0
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="soak-") as folder, small_disk(Path(folder)) as disk:
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="soak-") as folder,
+        small_disk(Path(folder)) as disk,
+        ExitStack() as cluster,
+    ):
+        os.environ["MAXACT_SOAK"] = str(disk or folder)
+        devices = args.devices.split(",")
+        nodes = cluster.enter_context(closing(Nodes())) if "ray" in devices else None
         before = shared_memory()
-        soak = Soak(Path(folder), disk, args.devices.split(","))
+        soak = Soak(Path(folder), disk, devices, nodes)
         for number in range(args.rounds):
             if time.monotonic() > end:
                 break

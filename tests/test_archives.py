@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maxact import archives
-from maxact.archives import Changed, Row, RowGroupReader, TarReader, printable
+from maxact import archives, groups
+from maxact.archives import Changed, Row, TarReader, printable
 from maxact.errors import MaxactError
+from maxact.groups import RowGroupReader
 from maxact.sources import find
 
 
@@ -30,13 +31,13 @@ def write_tar(path: Path, members: dict[str, bytes], form: int = tarfile.PAX_FOR
 
 
 def read_all(rows: list[Row]) -> dict[str, bytes]:
-    tars, groups = TarReader(), RowGroupReader()
+    tars, tables = TarReader(), RowGroupReader()
     result = {}
     for key, _, source, offset, length, modified in rows:
-        read = tars.read(source, offset, length, modified) if length >= 0 else groups.read(source, offset, modified)
+        read = tars.read(source, offset, length, modified) if length >= 0 else tables.read(source, offset, modified)
         result[key] = read
     tars.close()
-    groups.close()
+    tables.close()
     return result
 
 
@@ -271,7 +272,7 @@ class TestParquet:
             RowGroupReader().read(source, 0, modified)
 
     def test_few_row_groups_stay_and_each_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(archives, "CACHE", 1)
+        monkeypatch.setattr(groups, "CACHE", 1)
         path = tmp_path / "x.parquet"
         pq.write_table(pa.table({"image": [f"{i}".encode() for i in range(400)]}), path, row_group_size=50)
         rows = list(find(path))
@@ -284,7 +285,7 @@ class TestParquet:
         assert len(reader._groups) <= 2
 
     def test_large_row_groups_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(archives, "GROUP_LIMIT", 3000)
+        monkeypatch.setattr(groups, "GROUP_LIMIT", 3000)
         path = tmp_path / "x.parquet"
         pq.write_table(struct_table([os.urandom(600)] * 8), path, use_dictionary=False)
         refused(path, "row group", "row_group_size")

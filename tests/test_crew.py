@@ -100,14 +100,14 @@ def test_a_slow_worker_does_not_hold_up_the_rest(tmp_path: Path) -> None:
 
 def test_workers_that_die_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     work = Toil(tmp_path, {3: ("killed", 2), 6: ("raises", 1), 9: ("memory", 1), 10: ("silent", 1)})
-    assert_whole(gather(work, stall=8.0)[0])
+    assert_whole(gather(work, stall=12.0)[0])
     assert len(workers(work)) == 2 + 5
     lines = [record.message for record in caplog.records if "the worker died" in record.message]
     for reason, count in (
         ("killed", 2),
         ("ZeroDivisionError: a mistake", 1),
         ("out of memory", 1),
-        ("silent for 8 s", 1),
+        ("silent for 1", 1),
     ):
         assert sum(reason in line for line in lines) == count
 
@@ -185,9 +185,9 @@ with attempts(work, RunConfig("cpu:2"), threading.Event(), lambda tick: print("a
 
 
 def test_a_call_gives_what_the_function_gives_or_raises() -> None:
-    assert call("here", toil.power, 3, 4) == 81
-    assert call("here", lambda: {"a": 1}) == {"a": 1}
+    assert call("here", 60.0, toil.power, 3, 4) == 81
+    assert call("here", 60.0, lambda: {"a": 1}) == {"a": 1}
     with pytest.raises(Unreadable, match="the disk is gone"):
-        call("here", toil.unreadable)
+        call("here", 60.0, toil.unreadable)
     with pytest.raises(MaxactError, match=r"here: .* died .*killed"):
-        call("here", toil.killed)
+        call("here", 60.0, toil.killed)

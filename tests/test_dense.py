@@ -33,10 +33,11 @@ from maxact.dense import Grid, Target, file_name, place
 from maxact.errors import MaxactError, UsageError
 from maxact.export import export_pooled
 from maxact.info import describe
-from maxact.pooled import create
+from maxact.pooled import create, disk_bytes
 from maxact.run import store_path
 from maxact.store import Store
 from maxact.tap import Tap
+from maxact.together import Scanning
 from stores import ARGUMENTS, SETTINGS, command, contents, names, scan, wait_for
 from support import all_maps, make_job, pixels, same, scan_job
 
@@ -260,6 +261,78 @@ def test_errors_are_tried_again(whole: Store, images: Path, tmp_path: Path) -> N
     assert np.isfinite(Store(store).pooled("fc")[number : number + 1]).all()
 
 
+def test_a_shard_that_became_worse_keeps_its_values(whole: Store, images: Path, tmp_path: Path) -> None:
+    """One image of it has come back and another is gone, so its result does not count (`Schedule`)."""
+    folder, store = tmp_path / "photos", tmp_path / "x"
+    shutil.copytree(images, folder)
+    keys = whole.catalog.table["key"].to_pylist()
+    spoilt = {image.image // 4 for image in whole.bad_in_scan()}
+    first = 4 * next(shard for shard in range(5) if shard not in spoilt)
+    one, other = folder / keys[first], folder / keys[first + 1]
+
+    def stop(progress: maxact.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(folder, store, pooled="max", report=stop)
+    one.rename(tmp_path / "away")
+    scan(folder, store, pooled="max")
+    before = contents(store)
+    (tmp_path / "away").rename(one)
+    other.rename(tmp_path / "away")
+    retried = scan(folder, store, pooled="max", retry_errors=True)
+    assert [image.image for image in retried.bad_in_scan() if image.image // 4 not in spoilt] == [first]
+    after = contents(store)
+    assert [name for name in before if after[name] != before[name]] == []
+    for name in TAPS:
+        values = retried.pooled(name)[first : first + 4]
+        assert np.isnan(values[0]).all()
+        assert np.array_equal(values[1:], whole.pooled(name)[first + 1 : first + 4])
+    (tmp_path / "away").rename(other)
+    mended = scan(folder, store, pooled="max", retry_errors=True)
+    assert np.array_equal(mended.pooled("fc")[:], whole.pooled("fc")[:], equal_nan=True)
+
+
+class Coming(Dataset[Image.Image]):
+    """Pictures that differ, of which some cannot be had the first time, or ever."""
+
+    def __init__(self) -> None:
+        self.bad: set[int] = set()
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if index in self.bad:
+            raise ValueError("not yet")
+        return Image.new("RGB", (70, 70), (20 * index, 255 - 20 * index, 90))
+
+
+def test_errors_of_one_store_whose_shard_the_other_lacks(tmp_path: Path) -> None:
+    """What the other one counts for the first time is written whatever is bad in it."""
+    both, dataset = ("tiny:network", "tiny:slow"), Coming()
+    settings = SETTINGS | {"pooled": "max"}
+    dataset.bad = {1}
+    maxact.scan(both[0], dataset, store_path(tmp_path, both[0]), **settings)
+    dataset.bad = {2}
+    stores = maxact.scan_together(both, dataset, tmp_path, retry_errors=True, **settings)
+    assert [[image.image for image in store.bad_in_scan()] for store in stores] == [[1], [2]]
+    good = maxact.scan(both[0], Coming(), tmp_path / "good", **settings).pooled("fc")[:]
+    for store, bad in zip(stores, (1, 2), strict=True):
+        for name in TAPS:
+            assert np.flatnonzero(np.isnan(store.pooled(name)[:]).any(1)).tolist() == [bad]
+    rest = np.arange(9) != 1
+    assert np.array_equal(stores[0].pooled("fc")[:][rest], good[rest])
+
+
+def test_a_store_that_a_worker_does_not_see(whole: Store, tmp_path: Path) -> None:
+    job = make_job(tiny.network(), whole.catalog, preprocess=SMALL, batch=2, shard=4, pooled="max", threads=1)
+    for store in (None, whole.path):
+        Scanning((replace(job, store=store),), (frozenset(),), ({},)).look()
+    with pytest.raises(MaxactError, match="x: is not there; with --pooled the store must be on a file system that"):
+        Scanning((job, replace(job, store=tmp_path / "x")), (frozenset(),) * 2, ({},) * 2).look()
+
+
 def test_a_store_that_lacks_a_file(whole: Store, images: Path, tmp_path: Path) -> None:
     store = tmp_path / "x"
     shutil.copytree(whole.path, store)
@@ -310,6 +383,54 @@ def test_too_little_room(tmp_path: Path) -> None:
     assert text.startswith(f"{tmp_path}/x: the pooled values of the images to scan take up to 2400.0 GB and ")
     assert text.endswith("make room, choose fewer --layers or leave --pooled out") and "\n" not in text
     assert not Store.exists(tmp_path / "x")
+
+
+def test_too_little_room_for_one_of_two(tmp_path: Path) -> None:
+    class Narrow(nn.Module):
+        def __init__(self, channels: int = 2) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, channels)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.fc(images.mean((2, 3)))
+            return result
+
+    class Wide(Narrow):
+        def __init__(self) -> None:
+            super().__init__(4_000_000)
+
+    with pytest.raises(MaxactError) as caught:
+        maxact.scan_together([Narrow(), Wide()], Many(), tmp_path, resize=8, crop=8, pooled="max")
+    said = "the pooled values of the images to scan, and those of the other networks, take up to 2400.0 GB and "
+    assert str(caught.value).startswith(f"{tmp_path}/Wide.zarr: {said}")
+
+
+def test_room_that_is_written_again(
+    whole: Store, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of shards that were written and not committed make room for themselves."""
+
+    def stop(progress: maxact.Progress) -> None:
+        if progress.done >= 13:
+            raise KeyboardInterrupt
+
+    store = tmp_path / "x"
+    with pytest.raises(KeyboardInterrupt):
+        scan(images, store, pooled="max", report=stop)
+    left = set(range(6)) - committed(store, whole)
+    folders = [store / place(name, "max") for name in TAPS]
+    for file in [folder / file_name(shard) for folder in folders for shard in left]:
+        file.unlink(missing_ok=True)
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(MaxactError, match="x: the pooled values of the images to scan take up to"):
+        scan(images, store, pooled="max")
+    for name, folder in zip(TAPS, folders, strict=True):
+        for shard in left:
+            shutil.copy(whole.path / place(name, "max") / file_name(shard), folder)
+    assert disk_bytes(store, left) == sum(path.stat().st_size for shard in left for path in store.rglob(f"c.{shard}.0"))
+    scan(images, store, pooled="max")
+    assert_same(store, whole)
 
 
 def test_a_disk_that_fills_up(whole: Store, images: Path, in_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +536,28 @@ def test_export_goes_on(whole: Store, images: Path, tmp_path: Path) -> None:
         export_pooled(whole, tmp_path / "file")
     with pytest.raises(MaxactError, match="there is something else here"):
         export_pooled(whole, images)
+
+
+def test_export_of_another_scan_to_the_same_place(whole: Store, images: Path, tmp_path: Path) -> None:
+    """Of the same network: with fewer images, other shards, or images of the same names that have changed."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    assert export_pooled(whole, out, layers=["fc"]) == 7
+    shutil.copytree(whole.path, moved)
+    assert export_pooled(moved, out, layers=["conv*"]) == 13  # a copy is the same store
+    pq.write_table(pq.read_table(moved / "images.parquet").replace_schema_metadata(), moved / "images.parquet")
+    others = [
+        moved,
+        *(scan(images, tmp_path / str(n), pooled="max", **{n: v}) for n, v in (("limit", 20), ("shard", 6))),
+    ]
+    for other in others:
+        with pytest.raises(MaxactError, match="out: there is something else here"):
+            export_pooled(other, out)
+    for note in (b"{", b"\xff", b"[" * 100_000):
+        table = pq.read_table(out / "images.parquet").replace_schema_metadata({b"maxact": note})
+        pq.write_table(table, out / "images.parquet")
+        with pytest.raises(MaxactError, match=r"images\.parquet is damaged, or not what its name says") as caught:
+            export_pooled(whole, out)
+        assert "\n" not in str(caught.value)
 
 
 def test_export_of_an_unfinished_store(images: Path, whole: Store, tmp_path: Path) -> None:

@@ -174,22 +174,27 @@ def test_a_shard_that_ends_its_workers_is_named_and_the_rest_is_committed(tmp_pa
 def test_storage_that_goes_and_comes_back(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(schedule, "PAUSES", (1.0, 1.0, 1.0))
-    shutil.copytree(photos, tmp_path / "photos")
-    gone = threading.Event()
+    """It is away when the workers begin, and back when the run has paused for it."""
+    monkeypatch.setattr(schedule, "PAUSES", (0.5,) * 20)
+    images, store = tmp_path / "photos", tmp_path / "x"
+    shutil.copytree(photos, images)
 
-    def unmount(progress: Progress) -> None:
-        if not gone.is_set():
-            gone.set()
-            (tmp_path / "photos").rename(tmp_path / "away")
-            threading.Timer(5.0, (tmp_path / "away").rename, (tmp_path / "photos",)).start()
+    def stop(progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    settings: dict[str, Any] = {"network": "tiny:slow", "devices": "cpu:2"}
-    store = scan(tmp_path / "photos", tmp_path / "x", **settings, report=unmount)
-    if store.manifest.summary["bad"]:  # one or two in a shard count as bad files, not as storage that has gone
-        store = scan(tmp_path / "photos", tmp_path / "x", **settings, retry_errors=True)
-    assert any("trying again in" in record.message for record in caplog.records)
-    assert_same(store.path, scan(tmp_path / "photos", tmp_path / "whole", network="tiny:slow").path)
+    with pytest.raises(Interrupted):
+        scan(images, store, network="tiny:slow", report=stop)
+    images.rename(tmp_path / "away")
+
+    def bring_back() -> None:
+        wait_for(lambda: any("trying again in" in record.message for record in caplog.records))
+        (tmp_path / "away").rename(images)
+
+    helper = threading.Thread(target=bring_back)
+    helper.start()
+    scan(images, store, network="tiny:slow", devices="cpu:2")
+    helper.join()
+    assert_same(store, scan(images, tmp_path / "whole", network="tiny:slow").path)
 
 
 def test_a_network_of_a_script_needs_no_guard(photos: Path, tmp_path: Path) -> None:

@@ -199,6 +199,8 @@ def test_a_pack_that_is_no_json(made: Path, tmp_path: Path) -> None:
         shutil.copytree(made, tmp_path / "pack", dirs_exist_ok=True)
         (tmp_path / "pack" / "pack.json").write_bytes(text)
         refusal(lambda: Catalog.build(tmp_path / "pack"))
+    (tmp_path / "pack" / "pack.json").write_bytes(b'{"maxact": "pack"' + b" " * (1 << 20) + b"}")
+    assert packed.read_pack(os.fsencode(tmp_path / "pack")) is None  # no more than a beginning of it is read
 
 
 COLUMNS = st.sampled_from(packed.SCHEMA.names)

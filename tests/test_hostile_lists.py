@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostile import ODD, damaged, frugal, fuzz, refusal
-from maxact import archives
+from maxact import groups
 from maxact.archives import Changed
 from maxact.catalog import Catalog
 from maxact.errors import MaxactError
@@ -127,7 +127,7 @@ def test_one_value_in_every_row(place: Path, monkeypatch: pytest.MonkeyPatch) ->
         (place / "x.parquet").write_bytes(parquet(pa.table(columns), compression="none"))
         with frugal(200):
             assert "characters" in str(refusal(lambda: readable(place / "x.parquet")))
-    monkeypatch.setattr(archives, "GROUP_LIMIT", 16 << 20)
+    monkeypatch.setattr(groups, "GROUP_LIMIT", 16 << 20)
     (place / "x.parquet").write_bytes(parquet(pa.table({"image": [bytes(1 << 20)] * 40}), compression="none"))
     assert (place / "x.parquet").stat().st_size < 4 << 20
     catalog = Catalog.build(place / "x.parquet")

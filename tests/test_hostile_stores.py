@@ -403,6 +403,44 @@ def test_states_of_settling(projected: Path, tmp_path: Path, about: str) -> None
         Exact.load(place / "run" / "settling-0", about)
 
 
+def test_states_of_settling_another_store(projected: Path, tmp_path: Path) -> None:
+    place = copied(projected, tmp_path / "x")
+    key: Any = ("max", "top")
+    part = Exact(frozenset({0}), {key: np.zeros((7, 3), np.float32)}, {key: np.zeros((7, 3), np.int32)})
+    part.save(place / "run" / "settling-0", '{"taps": ["bn2", "../x"], "ranks": 2}')
+    part.save(place / "run" / "settling-1", '{"taps": ["bn2"], "ranks": 2}')
+    assert [*Store(place).settling().values()] == [{}, {"taps": ["bn2"], "ranks": 2}]
+    maxact.project(place, **(KEEP | {"overwrite": True}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settled": "x"},
+        {"settled": -1},
+        {"settled": True},
+        {"settled": [3]},
+        {"deviation": "x"},
+        {"deviation": {}},
+        None,
+    ],
+)
+def test_what_a_list_says_of_settling(projected: Path, tmp_path: Path, change: dict[str, Any] | None) -> None:
+    place = copied(projected, tmp_path / "x")
+    path = place / "bn2" / "max" / "top" / "zarr.json"
+    values = json.loads(path.read_text())
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(values | {"attributes": values["attributes"] | change}))
+    for use in (
+        lambda: Store(place).settled("bn2", ("max", "top")),
+        lambda: Store(place).is_settled("bn2", 2),
+        lambda: Store(place).settled_deviation(),
+    ):
+        assert "x: bn2/max/top is missing or damaged; scan again with --overwrite" in str(refusal(use))
+
+
 def test_partials_that_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "state-0").mkdir()
     assert "not a state of a run" in str(refusal(lambda: Partial.load(tmp_path / "state-0")))

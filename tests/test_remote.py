@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -20,11 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import maxact
-from maxact import fetch, parts, remote, schedule
+from maxact import fetch, limits, parts, remote, schedule
 from maxact.catalog import Catalog, Changed, Entry
 from maxact.errors import MaxactError
-from maxact.urls import resolve
-from servers import Server, Store, store, web
+from maxact.urls import beside, folder, inside, resolve
+from servers import Server, Store, Web, store, web
 from stores import scan
 
 
@@ -98,6 +99,21 @@ def refused(images: object, *words: str) -> None:
         assert word in str(caught.value)
 
 
+def says(page: str) -> Any:
+    """The behaviour of a web server that answers everything with one page."""
+
+    def answer(self: Web, whole: Any) -> None:
+        data = page.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    return answer
+
+
 SOURCES = (
     "train/",
     "train/*/0*.jpg",
@@ -146,7 +162,8 @@ def test_a_pack(photos: Path, s3: Store, served: Server, files: Path, tmp_path: 
     maxact.pack(photos, files / "pack", short_side=32, shard_images=8, workers=1)
     place = s3.copy(files / "pack", "pack")
     expected = everything(Catalog.build(files / "pack"))
-    for source in (place, f"{place}/*.tar", f"{served.url}/pack", f"{served.url}/pack/000000.tar"):
+    far = f"{served.url}/pack"
+    for source in (place, f"{place}/*.tar", far, f"{far}?a=b/c", f"{far}/000000.tar", f"{far}/000000.tar?a=b/c"):
         assert everything(Catalog.build(source)) == (expected if "000000" not in source else expected[:8])
     s3.delete("pack/000001.tar")
     refused(place, "unfinished pack")
@@ -227,7 +244,77 @@ def test_an_image_of_a_store_is_one_request(s3: Store, monkeypatch: pytest.Monke
     assert asked == ["GetObject"]
 
 
+@pytest.mark.parametrize("start", [0, 100])
+def test_a_store_that_sends_whole_files_for_parts(s3: Store, start: int) -> None:
+    path = f"s3://{s3.bucket}/data/shards/000.tar".encode()
+    events = remote._filesystem(path.decode())[0]._s3.meta.events
+
+    def forget_range(params: dict[str, Any], **_: object) -> None:
+        params["headers"].pop("Range")
+
+    events.register("before-call.s3.GetObject", forget_range)
+    try:
+        with pytest.raises(OSError, match="no parts of files") as caught:
+            remote.read(path, start, 100)
+    finally:
+        events.unregister("before-call.s3.GetObject", forget_range)
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert len(remote.read(path, start, 100).data) == 100
+
+
 class TestWeb:
+    def test_another_part_than_was_asked_for(self, files: Path) -> None:
+        def first(self: Web, whole: Any) -> None:
+            if "Range" in self.headers:
+                self.headers.replace_header("Range", "bytes=0-99")
+            Web._answer(self, whole)
+
+        with web(files, _answer=first) as server:
+            path = f"{server.url}/shards/000.tar".encode()
+            assert len(remote.read(path, 0, 100).data) == 100
+            with pytest.raises(OSError, match="another part of the file") as caught:
+                remote.read(path, 512, 100)
+            assert caught.value.errno == errno.EOPNOTSUPP
+
+    def test_folders_without_an_end(self, tmp_path: Path) -> None:
+        with web(tmp_path, _answer=says('<a href="./a/">a</a>')) as server:
+            refused(f"{server.url}/train", "lies in more than 200 folders, one in the other")
+
+    def test_a_page_that_is_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(remote, "PAGE", 5000)
+        page = '<a href="1.jpg">1</a>' + " " * 4970
+        with web(tmp_path, _answer=says(page)) as server:
+            assert [item.name for item in remote.listing(server.url.encode())] == ["1.jpg"]
+        with web(tmp_path, _answer=says(page + " " * 100)) as server:
+            refused(f"{server.url}/train", f"cannot read {server.url}/train: its page of links", "give a list")
+
+    def test_what_links_mean(self, tmp_path: Path) -> None:
+        page = """<a href="1.jpg"> <A class=x\nHREF='./2.jpg'> <a href=3.jpg?a=b&amp;c> <a href="/x/y/4.jpg">
+            <a href="5/"> <a href="../6.jpg"> <a href="http://[/7.jpg"> <a href="8/9.jpg"> <a href="?C=N">
+            <a href="#end"> <a data-href=n> <a href="http://other/x/y/10.jpg"> <img href="no.jpg"> <a href="">
+            <a href="mailto:x"> <a href="%C3%A4.jpg">"""
+        with web(tmp_path, _answer=says(page)) as server:
+            for place in ("x/y", "x/./y/"):
+                found = {item.name: item.path.decode() for item in remote.listing(f"{server.url}/{place}".encode())}
+                assert sorted(found) == ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5", "ä.jpg"]
+                assert found["3.jpg"] == f"{server.url}/x/y/3.jpg?a=b&c" and found["5"] == f"{server.url}/x/y/5/"
+
+    @pytest.mark.parametrize("kind", ["txt", "csv"])
+    def test_large_lists_without_parts_of_files(
+        self, files: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = (files / "lists" / f"all.{kind}").read_text() + f"\n# {'x' * 1000},no" * 5000
+        (tmp_path / "lists").mkdir()
+        (tmp_path / "lists" / f"all.{kind}").write_text(text)
+        (tmp_path / "train").symlink_to(files / "train")
+        expected = everything(Catalog.build(tmp_path / "lists" / f"all.{kind}"))
+        with web(tmp_path, parts=False) as server:
+            assert everything(Catalog.build(f"{server.url}/lists/all.{kind}")) == expected
+            monkeypatch.setattr(limits, "LIST", 5_000_000)
+            refused(f"{server.url}/lists/all.{kind}", f"all.{kind}", "no parts of files")
+        with web(tmp_path) as server:
+            assert everything(Catalog.build(f"{server.url}/lists/all.{kind}")) == expected
+
     def test_without_lists_of_folders(self, files: Path) -> None:
         with web(files, lists=False) as server:
             refused(f"{server.url}/train", "/train", "access denied", "give a list")
@@ -439,6 +526,22 @@ def test_ahead_keeps_the_order_and_the_first_error() -> None:
 )
 def test_what_a_row_of_a_list_means(place: str, path: str, expected: str) -> None:
     assert resolve(place.encode(), path.encode()) == expected.encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "index", "where"),
+    [
+        ("/l/x.tar", "/l/x.tar.index", "/l"),
+        ("/l/a?b#c/x.tar", "/l/a?b#c/x.tar.index", "/l/a?b#c"),
+        ("s3://b/l/x?.tar", "s3://b/l/x?.tar.index", "s3://b/l"),
+        ("https://h/l/x.tar", "https://h/l/x.tar.index", "https://h/l"),
+        ("https://h/l/x.tar?key=a/b#c?d", "https://h/l/x.tar.index?key=a/b#c?d", "https://h/l"),
+    ],
+)
+def test_files_beside_one(path: str, index: str, where: str) -> None:
+    assert beside(path.encode(), ".index") == index.encode()
+    assert folder(path.encode()) == where.encode()
+    assert inside(where.encode(), "x") == f"{where}/x".encode()
 
 
 class TestParts:

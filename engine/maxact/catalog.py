@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from maxact import remote, sources
-from maxact.archives import Changed, Row, RowGroupReader, TarReader, printable, read_far, reading, show
+from maxact.archives import Changed, Row, TarReader, printable, read_far, reading, show
 from maxact.errors import MaxactError, UsageError
 from maxact.files import replace_file
+from maxact.groups import RowGroupReader
 from maxact.limits import LARGEST, LONGEST
 from maxact.urls import is_remote
 

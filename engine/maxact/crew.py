@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol
@@ -20,6 +20,7 @@ from maxact.worker import Begin, Done, Give, Given, Gone, I, Message, Order, P, 
 
 DEATHS = 3  # of workers at one item, after which it is left aside
 GRACE = 60.0  # seconds in which a worker ends after it was told to
+STARTING = 3  # times as long a worker may be silent before its first word
 _LOOK = 0.5  # seconds from one look at the clock, and at `stop`, to the next
 
 log = logging.getLogger("maxact")
@@ -63,17 +64,21 @@ class _Member(Generic[I]):
 
     place: int
     contact: Contact
-    heard: float
+    silent: float = 0.0  # seconds in which the driver has listened and it has said nothing
     items: dict[int, I] = field(default_factory=dict)  # that it has, by their numbers
     busy: bool = False
+    known: bool = False  # it has said something: until then it starts, which takes longer
+    deaths: int = 0  # of workers at its place, since something came from there
+    retired: bool = False
 
 
 class Crew(Generic[I, P]):
     """Some workers, replaced as they die.
 
     A worker that dies, or is silent for `stall` seconds, is replaced, and its items go to others. Which of several was
-    its death is not known: from then on each of them is given to a worker that has nothing else. After three deaths
-    an item is left aside, the others are finished, and then the run ends.
+    its death is not known: from then on each of them is given to a worker that has nothing else, at another place if
+    there is one. After three deaths an item is left aside, the others are finished, and then the run ends. A place
+    where three workers die one after the other is given up while there are others.
     """
 
     def __init__(
@@ -86,10 +91,14 @@ class Crew(Generic[I, P]):
     ) -> None:
         self._hirer, self._stop, self._report, self._stall = hirer, stop, report, stall
         self._members = [self._hire(place) for place in range(len(hirer.places))]
-        self._deaths: Counter[int] = Counter()
+        self._deaths: dict[int, list[int]] = {}  # of each item, the places
         self._in_a_row = 0  # deaths since something was handed over
         self._hands = [Hand(name) for name in hirer.places]
+        self._left: deque[I] = deque()
         self._aside: dict[int, str] = {}
+        self._failure: MaxactError | None = None
+        self._told: float | None = None  # seconds of listening since the workers were told to stop
+        self._looked = time.monotonic()
 
     @property
     def hands(self) -> tuple[Hand, ...]:
@@ -103,8 +112,7 @@ class Crew(Generic[I, P]):
         (see `scan.scan`) after all that was finished; MaxactError for items that workers die of.
         """
         self._left = deque(items)
-        self._failure: MaxactError | None = None
-        self._told = None if not self._stop.is_set() else time.monotonic()
+        self._failure, self._told, self._looked = None, None, time.monotonic()
         self._aside.clear()
         while True:
             self._begin()
@@ -122,36 +130,41 @@ class Crew(Generic[I, P]):
             raise MaxactError(f"{words}; everything else is committed: run the same again to try once more")
 
     def _hire(self, place: int) -> _Member[I]:
-        return _Member(place, self._hirer.hire(place), time.monotonic())
+        return _Member(place, self._hirer.hire(place))
 
     def _begin(self) -> None:
         """Wakes those that have nothing to do, as far as there is something."""
         if self._is_ending():
             return
-        idle = [member for member in self._members if not member.busy and member.contact.ready]
-        for member in idle[: len(self._left)]:
-            member.busy, member.heard = True, time.monotonic()
+        idle = [member for member in self._members if not member.busy and not member.retired and member.contact.ready]
+        able = [member for member in idle if self._candidate(member) is not None]
+        for member in able[: len(self._left)]:
+            member.busy, member.silent = True, 0.0
             member.contact.tell(Begin())
 
     def _is_ending(self) -> bool:
         return self._stop.is_set() or self._failure is not None
 
     def _hear(self, member: _Member[I], message: Message) -> Iterator[P]:
-        member.heard = time.monotonic()
+        member.silent, member.known = 0.0, True
         hand = self._hands[member.place]
         hand.name = member.contact.name  # which knows by now where it is
         match message:
             case Tick():
                 hand.tick(message.images)
+                hand.state = f"at {member.items.get(message.shard, '')}"
                 self._report(message)
             case Want():
-                item = self._next(member)
+                item = None if self._is_ending() else self._candidate(member)
+                if item is not None:
+                    self._left.remove(item)
+                    member.items[item.index] = item
                 member.contact.tell(Give(item))
             case Given(part):
                 for index in part.touched:
                     member.items.pop(index, None)
                     self._deaths.pop(index, None)
-                self._in_a_row = 0
+                self._in_a_row = member.deaths = 0
                 yield part
             case Done(error):
                 member.busy = False
@@ -169,37 +182,41 @@ class Crew(Generic[I, P]):
             case Gone(reason):
                 self._lose(member, reason)
 
-    def _next(self, member: _Member[I]) -> I | None:
-        """The next item for a worker, if there is one: the suspects of an earlier death are given to it alone."""
-        if self._is_ending() or any(self._deaths[index] for index in member.items):
+    def _candidate(self, member: _Member[I]) -> I | None:
+        """The next item for a worker, if there is one: the suspects of an earlier death are given to it alone, and not
+        where a worker has died at them already, unless that is so everywhere."""
+        if any(index in self._deaths for index in member.items):
             return None
-        item = next((item for item in self._left if not self._deaths[item.index]), None)
-        if item is None and self._left and not member.items:
-            item = self._left[0]
-        if item is not None:
-            self._left.remove(item)
-            member.items[item.index] = item
-            self._hands[member.place].state = f"at {item}"
-        return item
+        fresh = next((item for item in self._left if item.index not in self._deaths), None)
+        if fresh is not None or member.items:
+            return fresh
+        places = {each.place for each in self._members if not each.retired}
+        for item in self._left:
+            died = self._deaths[item.index]
+            if member.place not in died or places <= {*died}:
+                return item
+        return None
 
     def _look(self) -> None:
         """Passes a stop on, and ends workers that are silent."""
         now = time.monotonic()
+        passed, self._looked = min(now - self._looked, 2 * _LOOK), now  # not the time in which nobody listened
         for place in range(len(self._members), 0 if self._is_ending() else len(self._hirer.places)):
             self._members.append(self._hire(place))
             self._hands.append(Hand(self._hirer.places[place]))
-        if self._stop.is_set() and self._told is None:
-            self._told = now
+        if self._told is not None:
+            self._told += passed
+        elif self._stop.is_set():
+            self._told = 0.0
             for member in self._members:
                 member.contact.tell(Stop())
         for member in self._members:
-            if not member.busy:
-                continue
-            if self._told is not None and now - self._told > GRACE:
+            member.silent += passed
+            if member.busy and (self._told or 0.0) > GRACE:
                 member.contact.kill()
                 member.busy = False
-            elif now - member.heard > self._stall:
-                self._lose(member, f"silent for {self._stall:.0f} s")
+            elif member.busy and member.silent > self._stall * (1 if member.known else STARTING):
+                self._lose(member, f"silent for {member.silent:.0f} s")
 
     def _lose(self, member: _Member[I], reason: str) -> None:
         """Replaces a worker. Raises MaxactError where that does not help."""
@@ -210,14 +227,24 @@ class Crew(Generic[I, P]):
         self._in_a_row += 1
         if self._stop.is_set():
             return
-        log.warning("%s: the worker died (%s); a new one takes over%s", name, reason, "".join(f" {i}," for i in items))
+        had = f"; what it had is done again: {', '.join(map(str, items))}" if items else ""
+        log.warning("%s: the worker died (%s)%s", name, reason, had)
         for item in reversed(items):
-            self._deaths[item.index] += 1
-            if self._deaths[item.index] < DEATHS:
+            died = self._deaths.setdefault(item.index, [])
+            died.append(member.place)
+            if len(died) < DEATHS:
                 self._left.appendleft(item)
             else:
                 self._aside[item.index] = f"{DEATHS} workers died at {item}, the last one: {reason}"
         if self._in_a_row > DEATHS * len(self._members):
             raise MaxactError(f"{name}: {self._in_a_row} workers died one after the other, the last one: {reason}")
-        self._members[self._members.index(member)] = self._hire(member.place)
+        member.deaths += 1
+        if member.deaths >= DEATHS and any(not each.retired for each in self._members if each is not member):
+            log.warning("%s: given up, the others go on", name)
+            member.retired = True
+            self._hands[member.place].state = "given up"
+            return
+        replaced = self._hire(member.place)
+        replaced.deaths = member.deaths
+        self._members[self._members.index(member)] = replaced
         self._hands[member.place].state = "replaced"

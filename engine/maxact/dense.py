@@ -172,11 +172,22 @@ class Dense(Tally):
 
     An image that is not counted (bad, or left out as grey) has NaN. A value beyond float16 becomes infinite. Holds
     the values of the whole shard: its images x channels x 2 bytes.
+
+    `before` are the images that were bad when the shard was scanned before, where it was (`--retry-errors`). Where
+    another one is bad now, the shard stays as it was (`Schedule`), and so do its values.
     """
 
-    def __init__(self, shard: Shard, channels: int, kept: dict[List, int], target: Target) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        channels: int,
+        kept: dict[List, int],
+        target: Target,
+        before: frozenset[int] | None = None,
+    ) -> None:
         super().__init__(shard, channels, kept)
         self._target = target
+        self._before = before
         self._values = torch.empty((shard.stop - shard.start, channels), dtype=torch.float16)
 
     def add(self, peaks: Peaks, numbers: NDArray[np.int64]) -> None:
@@ -190,5 +201,6 @@ class Dense(Tally):
 
     def close(self, bad: Sequence[BadImage] = (), grey: int = 0) -> Partial:
         """The shard's result, when its values are on the disk. Raises MaxactError where they cannot be written."""
-        self._target.write(self._shard.index, self._values.numpy())
+        if self._before is None or self._before.issuperset(image.image for image in bad):
+            self._target.write(self._shard.index, self._values.numpy())
         return super().close(bad, grey)

@@ -3,6 +3,7 @@ of every image as a file for each tap and shard."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -121,9 +122,9 @@ def export_pooled(
     store = store if isinstance(store, Store) else Store(store)
     folder = Path(out)
     taps = [store.pooled(tap) for tap in choose_taps(store, layers)]
-    model = store.manifest.model
-    about = {"model": model["name"], "sha256": model["sha256"], "kind": taps[0].kind}
     images = store.catalog.table.select(["image", "key", "label"])
+    about = {part: getattr(store.manifest, part) for part in ("model", "preprocessing", "images", "settings")}
+    about["catalog"] = _sha256(store.path / "images.parquet")
     _check_folder(folder, about)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ def _export_shard(pooled: Pooled, path: Path, start: int, stop: int, about: dict
     """The values of one tap and the images of one shard, unless they are there already."""
     source = pooled.path / place(pooled.tap.name, pooled.kind) / file_name(start // pooled.shard)
     found = source.stat() if source.exists() else None
-    of = about | {"images": [start, stop], "source": [found.st_size, found.st_mtime_ns] if found else None}
+    of = about | {"rows": [start, stop], "source": [found.st_size, found.st_mtime_ns] if found else None}
     if found and _about(path) == of:
         return
     channels = pooled.tap.channels
@@ -178,13 +179,19 @@ def _write(path: Path, about: dict[str, Any], schema: pa.Schema, rows: Callable[
     replace_file(path, write)
 
 
+def _sha256(path: Path) -> str:
+    with reading(os.fsencode(path)), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _about(path: Path) -> Any:
-    """What a file that `_write` wrote was made from; None where there is no such file."""
+    """What a file that `_write` wrote was made from; None where there is no such file. Raises MaxactError where it
+    cannot be read."""
     if not path.exists():
         return None
     with reading(os.fsencode(path)):
         metadata = pq.read_schema(pa.OSFile(os.fsencode(path))).metadata or {}
-    return json.loads(metadata.get(_ABOUT, b"null"))
+        return json.loads(metadata.get(_ABOUT, b"null"))
 
 
 def _check_folder(folder: Path, about: dict[str, Any]) -> None:

@@ -13,12 +13,20 @@ from maxact.errors import MaxactError
 from maxact.partial import BadImage
 
 FEW = 2  # so many that cannot be read are bad files, however few there are in all
+_failed = [0]  # reads that were tried again, of this process
+
+
+def _count(state: tenacity.RetryCallState) -> None:
+    _failed[0] += 1
+
+
 # A read that fails is tried again after these pauses, about 3 s in all: long enough for a server to come back to a
 # mount, short enough for the few files that are really gone.
 _again = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(OSError),
     wait=tenacity.wait_exponential(multiplier=0.2),
     stop=tenacity.stop_after_attempt(5),
+    before_sleep=_count,
     reraise=True,
 )
 
@@ -35,6 +43,11 @@ def fetch(catalog: Catalog, entry: Entry) -> object:
         if was_missing(entry) or _is_damage(error):
             raise
         return _again(catalog.read, entry)
+
+
+def asked_again() -> int:
+    """How many reads of this process have failed and were tried again: it grows while storage is gone."""
+    return _failed[0]
 
 
 def look(catalog: Catalog) -> None:

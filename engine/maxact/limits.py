@@ -12,6 +12,8 @@ LINE = 1 << 17  # characters of a line in a list, as many as Python's CSV reader
 LARGEST = 1 << 30  # bytes of an encoded image
 NAMES = 100_000  # that braces may stand for
 DEEP = 200  # folders in folders
+LIST = 256 << 20  # bytes of a list at a URL that is kept in memory: a larger one is read in parts
+PAGE = 64 << 20  # bytes of a page that a web server shows for a folder
 _HEADER = 1 << 16  # bytes that one member of a tar archive says of itself
 
 Line = TypeVar("Line", str, bytes, covariant=True)

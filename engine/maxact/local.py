@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing.connection import Connection, wait
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from maxact.config import RunConfig
@@ -26,7 +25,8 @@ from maxact.crew import Crew
 from maxact.errors import MaxactError
 from maxact.process import Tick
 from maxact.run_ray import Actors
-from maxact.worker import Done, Gone, I, Message, Order, P, Said, Work, answer, pickled, serve
+from maxact.wire import Wire
+from maxact.worker import Done, Given, Gone, I, Message, P, Said, Work, answer, describe, pickled, serve
 
 T = TypeVar("T")
 _ENDING = 5.0  # seconds for a process to end after its connection was closed
@@ -57,45 +57,42 @@ def attempts(
 
 
 class _Process:
-    """A Python process that runs `function(connection, ...)`, and this end of the connection."""
+    """A Python process that runs a function of a wire. What it says goes into an inbox, and in the end None."""
 
     ready = True
 
-    def __init__(self, name: str, load: int) -> None:
+    def __init__(self, name: str, load: int, inbox: SimpleQueue[tuple[_Process, Message | None]]) -> None:
         self.name = name
+        self.taken = threading.Event()  # the last part that it handed over: the next one may be read
         ours, theirs = socket.socketpair()
         with theirs:
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
             code = _CODE.format(theirs.fileno(), load)
             command = [sys.executable, "-c", code, json.dumps([path for path in sys.path if isinstance(path, str)])]
             self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(), load), stdin=subprocess.DEVNULL)
-        self.connection = Connection(ours.detach())
+        self._wire = Wire(ours)
+        self._listener = threading.Thread(target=self._listen, args=(inbox,), daemon=True)
+        self._listener.start()
 
-    @property
-    def pid(self) -> int:
-        """Its number."""
-        return self._process.pid
-
-    def tell(self, order: Order) -> None:
-        """Sends an order."""
-        with suppress(OSError):  # gone: its connection says so to whoever listens
-            self.connection.send(order)
-
-    def messages(self) -> list[Message]:
-        """What it has said. Its end is said here, too."""
-        heard: list[Message] = []
+    def _listen(self, inbox: SimpleQueue[tuple[_Process, Message | None]]) -> None:
+        """On a thread of its own: a process may stop in the middle of a message, and the others must go on."""
         try:
-            while self.connection.poll():
-                heard.append(self.connection.recv())
+            while True:
+                message = self._wire.receive()
+                self.taken.clear()
+                inbox.put((self, message))
+                if isinstance(message, Given):
+                    self.taken.wait()
         except (EOFError, OSError):
-            if not any(isinstance(message, Gone) for message in heard):
-                heard.append(Gone(self._fate()))
-            self.kill()
-        except (pickle.UnpicklingError, AttributeError, ImportError) as error:
-            heard.append(Gone(f"it said what nobody understands: {error}"))
-        return heard
+            inbox.put((self, None))
+        except Exception as error:  # whatever unpickling may raise
+            inbox.put((self, Gone(f"it said what nobody understands: {describe(error)}")))
 
-    def _fate(self) -> str:
+    def tell(self, order: object) -> None:
+        """Sends an order."""
+        with suppress(OSError):  # gone: its end is said to whoever listens
+            self._wire.send(order)
+
+    def fate(self) -> str:
         """How it ended."""
         try:
             code = self._process.wait(_ENDING)
@@ -105,19 +102,28 @@ class _Process:
             return "killed, perhaps for want of memory"
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
+    def hang_up(self) -> None:
+        """It ends where its connection does."""
+        with suppress(OSError):  # it was the first
+            self._wire.hang_up()
+        self.taken.set()
+
     def kill(self) -> None:
-        """Ends it at once."""
+        """Ends it at once. One that the system does not let go ends when it does."""
+        self.hang_up()
         self._process.kill()
-        self._process.wait()
-        self.connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ENDING)
 
     def close(self) -> None:
-        """Lets it end, which it does where its connection is closed."""
-        self.connection.close()
+        """Lets it end."""
+        self.hang_up()
         try:
             self._process.wait(_ENDING)
         except subprocess.TimeoutExpired:
             self.kill()
+        self._listener.join(_ENDING)
+        self._wire.close()
 
 
 class Processes:
@@ -129,7 +135,9 @@ class Processes:
             f"{name}#{names[:i].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)
         ]
         self._work, self._runs = work, runs
+        self._inbox: SimpleQueue[tuple[_Process, Message | None]] = SimpleQueue()
         self._processes: list[_Process] = []
+        self._heard: list[_Process] = []
 
     def __enter__(self) -> Processes:
         self._load = _in_memory(partial(serve, self._work))
@@ -137,52 +145,73 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
-            process.connection.close()
+            process.hang_up()
         for process in self._processes:
             process.close()
         os.close(self._load)
 
     def hire(self, place: int) -> _Process:
         """Starts a process at a place."""
-        self._processes = [process for process in self._processes if not process.connection.closed]
-        process = _Process(self.places[place], self._load)
-        process.connection.send(self._runs[place])
+        process = _Process(self.places[place], self._load, self._inbox)
+        process.tell(self._runs[place])
         self._processes.append(process)
         return process
 
     def wait(self, seconds: float) -> list[tuple[_Process, Message]]:
         """What they have said."""
-        there = {process.connection: process for process in self._processes if not process.connection.closed}
-        ready = wait(list(there), seconds)
-        return [(there[each], message) for each in ready for message in there[each].messages()]  # type: ignore[index]
+        for process in self._heard:  # not earlier: by now what they said is dealt with
+            process.taken.set()
+        found = _drain(self._inbox, seconds)
+        self._heard = [process for process, _ in found]
+        return [(process, Gone(process.fate()) if message is None else message) for process, message in found]
 
 
-def call(name: str, function: Callable[..., T], *arguments: Any) -> T:
+def _drain(
+    inbox: SimpleQueue[tuple[_Process, Message | None]], seconds: float
+) -> list[tuple[_Process, Message | None]]:
+    """All that is in an inbox; waits so long for the first."""
+    found = []
+    with suppress(Empty):
+        found.append(inbox.get(timeout=seconds))
+        while True:
+            found.append(inbox.get_nowait())
+    return found
+
+
+def call(name: str, seconds: float, function: Callable[..., T], *arguments: Any) -> T:
     """What a function gives in a process of its own, which ends with it: memory of a device, too, is free then.
 
-    `name` is whose lines its log's are. Raises the MaxactError that it raises, and MaxactError where it dies.
+    `name` is where it runs, for people. Raises the MaxactError that it raises, and MaxactError where it dies, or is
+    silent for so many seconds.
     """
     load = _in_memory(partial(answer, function, arguments))
-    process = _Process(name, load)
+    inbox: SimpleQueue[tuple[_Process, Message | None]] = SimpleQueue()
+    process = _Process(name, load, inbox)
     try:
         while True:
-            wait([process.connection])
-            for message in process.messages():
-                match message:
-                    case Said(level, text):
-                        log.log(level, "%s", text)
-                    case Done(error) if error is not None:
-                        raise error
-                    case Gone(reason):
-                        raise MaxactError(f"{name}: the process that was to try it died ({reason})")
-                    case _:
-                        return message  # type: ignore[return-value]
+            try:
+                _, message = inbox.get(timeout=seconds)
+            except Empty:
+                raise MaxactError(
+                    f"{name}: no answer for {seconds:.0f} s (--stall says how long it may take)"
+                ) from None
+            match message:
+                case Said(level, text):
+                    log.log(level, "%s", text)
+                case Done(error) if error is not None:
+                    raise error
+                case Gone(reason):
+                    raise MaxactError(f"{name}: the process that was to try it died ({reason})")
+                case None:
+                    raise MaxactError(f"{name}: the process that was to try it died ({process.fate()})")
+                case _:
+                    return message  # type: ignore[return-value]
     finally:
         process.close()
         os.close(load)
 
 
-def _in_memory(function: Callable[[Connection], None]) -> int:
+def _in_memory(function: Callable[[Wire], None]) -> int:
     """A file in memory that holds a pickled function. Raises UsageError for what cannot be pickled."""
     data = pickled(function)
     load = os.memfd_create("maxact")

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import torch
 
 from maxact import packed
+from maxact.bad import write_errors
 from maxact.catalog import Catalog, Entry, Shard, is_dataset
 from maxact.config import RunConfig, cores
 from maxact.errors import MaxactError, UsageError
@@ -35,7 +36,6 @@ from maxact.process import Interrupted, Progress, listing, log_file, signals
 from maxact.provenance import describe_source, versions
 from maxact.repack import Archive, PackConfig, Packers, Stopped
 from maxact.schedule import Patience
-from maxact.store import write_errors
 
 log = logging.getLogger("maxact")
 

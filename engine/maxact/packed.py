@@ -13,7 +13,6 @@ archive whose index is left behind is an archive like any other.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from maxact import remote
+from maxact import remote, urls
 from maxact.archives import Row, arrow_file, exists, open_file, reading, show, status
 from maxact.errors import MaxactError
 from maxact.files import replace_file
@@ -47,6 +46,7 @@ SCHEMA = pa.schema(
     ]
 )
 _BYTES = b"maxact.bytes"  # metadata of an index: the length of its archive
+_LONGEST = 1 << 20  # bytes of a pack.json: it holds a few paths
 _ESCAPED = re.compile(r"\\(\\|[nrt]|x..|u....|U........)")
 
 
@@ -55,13 +55,14 @@ def rows(path: bytes) -> Iterator[Row] | None:
 
     MaxactError: the pack that it belongs to is unfinished, or the archive is not the one that was indexed.
     """
-    if not exists(path + SUFFIX.encode()):
+    name = urls.beside(path, SUFFIX)
+    if not exists(name):
         return None
-    check_finished(os.path.dirname(path))
+    check_finished(urls.folder(path))
     index = load_index(path)
     if index is None:
         raise MaxactError(
-            f"{show(path)} is not the archive that {show(path)}{SUFFIX} was made for: pack again, or delete that index"
+            f"{show(path)} is not the archive that {show(name)} was made for: pack again, or delete that index"
         )
     return _rows(path, index)
 
@@ -78,7 +79,7 @@ def _rows(path: bytes, index: pa.Table) -> Iterator[Row]:
 def load_index(path: bytes) -> pa.Table | None:
     """The index of an archive, columns as in SCHEMA; None where it or the archive is missing, or where they do not
     belong together. MaxactError: it is damaged."""
-    name = path + SUFFIX.encode()
+    name = urls.beside(path, SUFFIX)
     if not (exists(name) and exists(path)):
         return None
     with reading(name):
@@ -116,12 +117,13 @@ def write_index(path: Path, images: Sequence[dict[str, Any]]) -> None:
 
 def read_pack(folder: bytes) -> dict[str, Any] | None:
     """What a folder's pack.json says; None where it is no pack. MaxactError: it is one of another format."""
-    path = os.path.join(folder, PACK.encode())
+    path = urls.inside(folder, PACK)
     if not exists(path):
         return None
     try:
-        with reading(path), open_file(path) as file:
-            about = json.load(file)
+        with reading(path), open_file(path, _LONGEST) as file:
+            raw = file.read(_LONGEST + 1)
+        about = json.loads(raw) if len(raw) <= _LONGEST else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(about, dict) or about.get("maxact") != "pack":
@@ -164,13 +166,13 @@ def check_finished(folder: bytes, whole: bool = False) -> None:
 
 def archive(folder: bytes, index: int) -> bytes:
     """The path of an archive of a pack."""
-    return os.path.join(folder, f"{index:06}.tar".encode())
+    return urls.inside(folder, f"{index:06}.tar")
 
 
 def is_record(path: bytes) -> bool:
     """Whether a Parquet file is a pack's list of errors, and holds no images."""
-    folder, name = os.path.split(path)
-    return name == ERRORS.encode() and read_pack(folder) is not None
+    folder = urls.folder(path)
+    return path == urls.inside(folder, ERRORS) and read_pack(folder) is not None
 
 
 def describe(catalog: pa.Table) -> list[dict[str, Any]]:
@@ -178,7 +180,7 @@ def describe(catalog: pa.Table) -> list[dict[str, Any]]:
 
     For each its folder, its settings, its source and the versions that made it.
     """
-    folders = sorted({os.path.dirname(path) for path in archives(catalog)})
+    folders = sorted({urls.folder(path) for path in archives(catalog)})
     found = ((folder, read_pack(folder)) for folder in folders)
     parts = ("settings", "images", "versions")
     return [{"folder": show(folder)} | {part: about.get(part) for part in parts} for folder, about in found if about]

@@ -52,9 +52,11 @@ def tidy(path: Path) -> None:
         left.unlink()
 
 
-def disk_bytes(path: Path) -> int:
-    """The bytes that the values in the store at `path` take on the disk."""
-    return sum(file.stat().st_size for file in (path / FOLDER).rglob("c.*") if file.is_file())
+def disk_bytes(path: Path, shards: Collection[int] | None = None) -> int:
+    """The bytes that the values in the store at `path` take on the disk: all of them, or those of some shards."""
+    names = None if shards is None else {file_name(shard) for shard in shards}
+    files = (file for file in (path / FOLDER).rglob("c.*") if names is None or file.name in names)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 
+from maxact.errors import one_line
+
 CREDENTIALS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login; "
     "for a public bucket FSSPEC_GS_TOKEN=anon",
     "http": "put name and password for the host into ~/.netrc",
 }
-LASTING = (errno.ENOENT, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL)  # asking again soon does not help
+LASTING = (errno.ENOENT, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.EFBIG)  # asking again soon does not help
 
 
 def as_oserror(error: Exception, kind: str) -> OSError:
@@ -54,8 +56,4 @@ def http_status(error: BaseException | None) -> int | None:
 
 def line(error: object) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return shown(text if len(text) <= 200 else text[:200] + "…")
-
-
-def shown(text: str) -> str:
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return one_line(text if len(text) <= 200 else text[:200] + "…")

@@ -23,14 +23,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote
+from urllib.parse import unquote, urljoin
 
 import fsspec
 from fsspec.asyn import sync
 
 from maxact import reasons
 from maxact.errors import MaxactError
-from maxact.urls import plain, split
+from maxact.limits import PAGE
+from maxact.urls import links, plain, split
 
 SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}  # to fsspec's
 AT_ONCE = 32  # requests while listing
@@ -107,7 +108,8 @@ def listing(folder: bytes) -> list[Item]:
     url = _text(folder).rstrip("/")
     fs, kind = _filesystem(url)
     if kind == "http":
-        return _linked(_asked(lambda: fs.ls(plain(url) + "/", detail=False), kind, True), plain(url) + "/")
+        base = urljoin(plain(url) + "/", ".")  # as its links are resolved
+        return _linked(_asked(lambda: sync(fs.loop, _links, fs, base), kind, True), base)
     root = split(url)[0]
     items = []
     for info in _asked(lambda: fs.ls(url, detail=True), kind, True):
@@ -132,28 +134,27 @@ def _linked(urls: Iterable[str], base: str) -> list[Item]:
     return items
 
 
-def read(path: bytes, start: int | None, length: int, patient: bool = False, strict: bool = True) -> Got:
+def read(path: bytes, start: int | None, length: int, patient: bool = False) -> Got:
     """`length` bytes from `start`, or a whole file that should have so many (start None). One request, no other.
 
     No more than that is ever read: of a whole file of another size no data, of a part beyond its end what there is.
-    OSError: EOPNOTSUPP where the server sends a whole file for a part; not `strict`, the whole will do if it is one.
+    OSError: EOPNOTSUPP where the server sends a whole file, or another part, for a part.
     """
     url = _text(path)
     fs, kind = _filesystem(url)
     get = _get_s3 if kind == "s3" else _get_web
-    span = None if start is None else f"bytes={start}-{start + max(length, 1) - 1}"
-    got: Got = _asked(lambda: sync(fs.loop, get, fs, url, span, length, strict), kind, patient)
+    got: Got = _asked(lambda: sync(fs.loop, get, fs, url, start, length), kind, patient)
     return got._replace(data=got.data[:length])
 
 
 class File(io.RawIOBase):
     """A file that is read where it is asked for, at least one request each time: wrap it in a buffer for small reads.
 
-    patient, strict: as for `stat` and `read`. OSError, with ESTALE where it has been replaced since it was opened.
+    patient: as for `stat`. OSError, with ESTALE where it has been replaced since it was opened.
     """
 
-    def __init__(self, path: bytes, patient: bool = True, strict: bool = True) -> None:
-        self._path, self._patient, self._strict, self._place = path, patient, strict, 0
+    def __init__(self, path: bytes, patient: bool = True) -> None:
+        self._path, self._patient, self._place = path, patient, 0
         self.status = stat(path, patient)
 
     def readable(self) -> bool:
@@ -178,9 +179,15 @@ class File(io.RawIOBase):
         self._place += length
         return length
 
+    def whole(self) -> bytes:
+        """All of it, in one request."""
+        return self._read(None, self.status.size)
+
     def _piece(self, length: int, start: int) -> bytes:
-        size = min(PIECE, length - start)
-        got = read(self._path, self._place + start, size, self._patient, self._strict)
+        return self._read(self._place + start, min(PIECE, length - start))
+
+    def _read(self, start: int | None, size: int) -> bytes:
+        got = read(self._path, start, size, self._patient)
         if len(got.data) < size or got.modified not in (None, self.status.modified):
             raise OSError(errno.ESTALE, "it was replaced while it was read")
         return got.data
@@ -204,8 +211,21 @@ def ahead(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
 # How each kind of server is asked for bytes, on fsspec's event loop
 
 
-async def _get_s3(fs: Any, url: str, span: str | None, length: int, strict: bool) -> Got:
+def _span(start: int | None, length: int) -> str | None:
+    return None if start is None else f"bytes={start}-{start + max(length, 1) - 1}"
+
+
+def _check_part(start: int, span: str | None) -> None:
+    """OSError: an answer is not the part of a file that was asked for, as its Content-Range says."""
+    if span is None:
+        raise OSError(errno.EOPNOTSUPP, "the server sends no parts of files (Range), only whole ones")
+    if not span.lower().startswith(f"bytes {start}-"):
+        raise OSError(errno.EOPNOTSUPP, f"the server sends another part of the file than was asked for ({span})")
+
+
+async def _get_s3(fs: Any, url: str, start: int | None, length: int) -> Got:
     bucket, key, _ = fs.split_path(url)
+    span = _span(start, length)
     try:
         answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, **({"Range": span} if span else {}))
     except OSError as error:
@@ -214,14 +234,17 @@ async def _get_s3(fs: Any, url: str, span: str | None, length: int, strict: bool
         raise
     status, body = _status(answer, _whole(answer.get("ContentRange"), answer["ContentLength"])), answer["Body"]
     try:
-        data = b"" if span is None and status.size != length else await body.read()
+        if start is not None:
+            _check_part(start, answer.get("ContentRange"))
+        data = b"" if start is None and status.size != length else await body.read()
     finally:
         body.close()
     return Got(data, status.size, status.modified)
 
 
-async def _get_web(fs: Any, url: str, span: str | None, length: int, strict: bool) -> Got:
+async def _get_web(fs: Any, url: str, start: int | None, length: int) -> Got:
     """Of web servers and of gs://, which is one, too."""
+    span = _span(start, length)
     async with await _request(fs, "GET", url, {"Range": span} if span else {}) as answer:
         if answer.status == 416:
             return Got(b"", None, None)
@@ -230,9 +253,8 @@ async def _get_web(fs: Any, url: str, span: str | None, length: int, strict: boo
         modified: int | None = _status(answer.headers, 0).modified
         if modified == UNKNOWN or (url.startswith("g") and "X-Goog-Generation" not in answer.headers):
             modified = None
-        part = answer.status == 206 or (not strict and size == length)
-        if span and not part:
-            raise OSError(errno.EOPNOTSUPP, "the server sends no parts of files (Range), only whole ones")
+        if start is not None:
+            _check_part(start, answer.headers.get("Content-Range", "") if answer.status == 206 else None)
         if span is None and size not in (None, length):
             return Got(b"", size, modified)
         data = bytearray()
@@ -241,6 +263,20 @@ async def _get_web(fs: Any, url: str, span: str | None, length: int, strict: boo
             if len(data) > length:  # never much more than was asked for
                 break
         return Got(bytes(data), len(data) if span is None else size, modified)
+
+
+async def _links(fs: Any, url: str) -> list[str]:
+    """What the page that a web server shows for a folder links to, as URLs."""
+    async with await _request(fs, "GET", url, {}) as answer:
+        answer.raise_for_status()
+        if answer.content_type != "text/html":
+            return []
+        page = bytearray()
+        async for chunk in answer.content.iter_any():
+            page += chunk
+            if len(page) > PAGE:
+                raise OSError(errno.EFBIG, f"its page of links has more than {PAGE >> 20} MiB: give a list of URLs")
+        return list(links(page.decode(answer.charset or "utf-8", "ignore"), url))
 
 
 async def _head(fs: Any, url: str) -> Status:

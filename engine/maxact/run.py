@@ -237,21 +237,21 @@ def _run(opened: Sequence[tuple[Store, Job]], run: RunConfig, report: Callable[[
     stores, jobs = [store for store, _ in opened], [job for _, job in opened]
     book, catalog = Stores(stores), jobs[0].catalog
     schedule = Schedule[Parts](book, retry_errors=run.retry_errors, allowed_bad=run.allowed_bad(len(catalog)))
+    again = book.held() if run.retry_errors else ({},) * len(stores)
     done = [
-        part.shards - (part.held.keys() if run.retry_errors else set()) if part else frozenset[int]()
-        for part in book.begun.each
+        part.shards - held.keys() if part else frozenset[int]()
+        for part, held in zip(book.begun.each, again, strict=True)
     ]
     for store in stores:
         if store.manifest.finished:
             store.reopen()
     # shards that are scanned again are handed over one by one, for each may turn out otherwise
-    work = Scanning(tuple(jobs), tuple(done), patience=0.0 if run.retry_errors else HAND_OVER)
+    work = Scanning(tuple(jobs), tuple(done), again, patience=0.0 if run.retry_errors else HAND_OVER)
     watch = Watch(schedule, report)
     if before := schedule.images_done:
         log.info("%s: going on after %d of %d images", stores[0].path, before, schedule.images)
     with signals(schedule.stop) as caught:
-        with attempts(work, run, schedule.stop, watch.note) as (attempt, crew):
-            watch.hands = crew.hands if crew else ()
+        with attempts(work, run, schedule.stop, watch.note) as (attempt, watch.crew):
             schedule.run(partial(watch.attempt, attempt))
         if caught:
             name = signal.Signals(caught[0]).name

@@ -32,6 +32,7 @@ from maxact.find import find_taps
 from maxact.ledger import Ledger
 from maxact.local import attempts
 from maxact.models import Model, load_model
+from maxact.partial import BadImage
 from maxact.preprocess import Preprocess
 from maxact.process import Interrupted, Progress, Tick, log_file, show_bytes, signals
 from maxact.project import Block, Job, Result
@@ -196,6 +197,7 @@ class _Pass:
         self._path = store.path / "run" / "projected.json"
         self._stop = threading.Event()
         self._deviation = 0.0  # in this run
+        self._missing: dict[tuple[str, int], dict[int, BadImage]] = {}  # of each block, what it could not read
 
     def open(self, overwrite: bool) -> None:
         """Reads how far an earlier pass came. Raises MaxactError where that had other settings."""
@@ -337,7 +339,9 @@ class _Pass:
             self._ledger.bad.pop(image, None)
         self._ledger.bad |= {bad.image: replace(bad, stage="project") for bad in result.bad}
         # what could not be read, now, is tried again by the next run
-        unread = np.any(np.isin(block.peaks.image, [bad.image for bad in result.bad if is_unread(bad)]), axis=1)
+        missing = {bad.image: bad for bad in result.bad if is_unread(bad)}
+        self._missing[block.place, block.start] = missing
+        unread = np.any(np.isin(block.peaks.image, list(missing)), axis=1)
         self._ledger.add(block.place, [block.start + row for row in block.left.tolist() if not unread[row]])
         if result.whole:
             self._ledger.whole = sorted({*self._ledger.whole, block.tap.name})
@@ -414,5 +418,8 @@ class _Pass:
     def _finish(self) -> None:
         """Keeps the errors, and what the pass was."""
         self._ledger.settled = self._store.settled_deviation()
-        bad = sorted(self._ledger.bad.values(), key=lambda image: image.image)
+        # what one block could not read and another one could is missing in the first one all the same
+        missing = {image: bad for each in self._missing.values() for image, bad in each.items()}
+        lost = missing | self._ledger.bad
+        bad = sorted((replace(each, stage="project") for each in lost.values()), key=lambda image: image.image)
         self._store.finish_projection(bad, self._ledger.facts())

@@ -1,8 +1,8 @@
 """Workers on a Ray cluster: an actor for each GPU, or for some CPU cores. Ray is imported only here, when it is needed.
 
-An actor is a `worker.Worker` on a thread of its own. The driver has one call of `listen` under way to each of them,
-which returns as soon as the worker has said something that waits for an answer; orders go by calls that nobody waits
-for. An actor for which there is no room is waited for while the others work, and Ray places it when a node has come.
+The driver has one call of `listen` under way to each actor (`actor.py`), which returns as soon as the worker has said
+something that waits for an answer; orders go by calls that nobody waits for. An actor for which there is no room is
+waited for while the others work, and Ray places it when a node has come.
 """
 
 from __future__ import annotations
@@ -18,25 +18,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from maxact.actor import Actor, Where
 from maxact.config import RunConfig
 from maxact.crew import Crew
-from maxact.environment import BEST
 from maxact.errors import MaxactError, UsageError
 from maxact.process import Tick
 from maxact.provenance import versions
-from maxact.worker import Done, Given, Gone, Message, Order, Telling, Work, Worker, describe, pickled
+from maxact.worker import Given, Gone, Message, Order, Work, pickled
 
 T = TypeVar("T")
 _ANSWER = 5.0  # seconds in which a cluster has to answer
-_PACE = 0.5  # seconds for which ticks wait for company
 _GLANCE = 10.0  # seconds from one look at the cluster's nodes to the next
 _ALIKE = ("maxact", "torch", "torchvision", "nvidia-dali-cuda130")  # versions that decide what comes out
 
@@ -118,82 +115,6 @@ def _address(cluster: str) -> str | None:
         return None
 
 
-# On the workers
-
-
-@dataclass(frozen=True)
-class _Where:
-    """What an actor says of itself."""
-
-    node: str
-    versions: dict[str, str]
-
-
-class _Actor:
-    """A worker in a process of the cluster."""
-
-    def __init__(self) -> None:
-        self._outbox: SimpleQueue[Message] = SimpleQueue()
-        self._free = threading.Event()  # nothing in the outbox but words
-        self._free.set()
-        self._begun = threading.Event()
-
-    def hello(self) -> _Where:
-        """Called first: answered when there is room for the actor."""
-        return _Where(_ray().util.get_node_ip_address(), versions(torch.device("cpu")))
-
-    def begin(self, load: NDArray[np.uint8], run: RunConfig, paths: list[str], name: str, look: bool) -> None:
-        """Takes the work, pickled: once, before anything else. What goes wrong is said."""
-        sys.path += [path for path in paths if path not in sys.path]
-        log.setLevel(logging.INFO)
-        log.addHandler(Telling(self._send))
-        try:
-            work: Work[Any, Any] = pickle.loads(load.data)
-            if look:
-                work.look()
-            self._worker = Worker(work.on(run), self._send, self._free.is_set)
-        except MaxactError as error:
-            self._send(Done(MaxactError(f"{name}: {error}")))
-        except Exception as error:
-            self._send(Gone(describe(error)))
-        else:
-            threading.Thread(target=self._serve, daemon=True).start()
-            self._begun.set()
-
-    def tell(self, order: Order) -> None:
-        """Takes an order."""
-        self._begun.wait()
-        self._worker.tell(order)
-
-    def listen(self) -> tuple[bytes, list[pickle.PickleBuffer]]:
-        """What the worker has said since: waits for it. Pickled, for what Ray gives lies in its store, and stays there
-        as long as any array of it lives."""
-        said, until = [self._outbox.get()], time.monotonic() + _PACE
-        with suppress(Empty):
-            while True:
-                if not isinstance(said[-1], Tick):
-                    until = 0.0  # it waits for an answer
-                said.append(self._outbox.get(timeout=max(0.0, until - time.monotonic())))
-        if any(isinstance(message, Given) for message in said):
-            self._free.set()
-        buffers: list[pickle.PickleBuffer] = []
-        return pickle.dumps(said, protocol=5, buffer_callback=buffers.append), buffers
-
-    def _send(self, message: Message) -> None:
-        if isinstance(message, Given):
-            self._free.clear()
-        self._outbox.put(message)
-
-    def _serve(self) -> None:
-        try:
-            self._worker.serve()
-        except BaseException as error:
-            self._send(Gone(describe(error)))
-
-
-# At the driver
-
-
 @dataclass(frozen=True)
 class _Need:
     """What a worker takes of a node."""
@@ -254,9 +175,8 @@ class Actors:
     def hire(self, place: int) -> _Contact:
         """Asks for an actor at a place."""
         need = self._needs[place]
-        kind = _ray().remote(concurrency_groups={"orders": 1})(_Actor)
-        environment = {"env_vars": {name: os.environ.get(name, value) for name, value in BEST.items()}}
-        actor = kind.options(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=0, runtime_env=environment).remote()
+        kind = _ray().remote(concurrency_groups={"orders": 1})(Actor)
+        actor = kind.options(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=0).remote()
         contact = _Contact(self.places[place], actor, need)
         self._asked[actor.hello.remote()] = contact
         return contact
@@ -286,7 +206,7 @@ class Actors:
         except _ray().exceptions.RayError as error:
             return [(contact, Gone(_reason(error)))]
         self._heard.append(contact)
-        if isinstance(given, _Where):
+        if isinstance(given, Where):
             self._begin(contact, given)
             return []
         head, buffers = given
@@ -294,9 +214,9 @@ class Actors:
         self._fresh &= not any(isinstance(message, Given) for message in messages)
         return [(contact, message) for message in messages]
 
-    def _begin(self, contact: _Contact, where: _Where) -> None:
+    def _begin(self, contact: _Contact, where: Where) -> None:
         """There is an actor: it gets the work. Raises MaxactError where its versions are not ours."""
-        contact.name += f" ({where.node})"
+        contact.name += f" ({where.host})"
         ours = versions(torch.device("cpu"))
         if other := [f"{name} {where.versions.get(name)}, not {ours.get(name)}" for name in _ALIKE
                      if where.versions.get(name) != ours.get(name)]:  # fmt: skip
@@ -425,7 +345,7 @@ def call(run: RunConfig, function: Callable[[RunConfig], T]) -> T:
     """
     with Actors(_Once(function, run), run, most=1) as actors:
         stop = threading.Event()
-        crew = Crew[_Question, _Answer](actors, stop=stop, report=lambda tick: None, stall=float("inf"))
+        crew = Crew[_Question, _Answer](actors, stop=stop, report=lambda tick: None, stall=3 * run.stall)
         (answer,) = crew.run(iter([_Question()]))
     if answer.error:
         raise answer.error

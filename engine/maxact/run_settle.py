@@ -162,8 +162,7 @@ class Settling:
         schedule = Schedule[Exact](self, allowed_bad=len(self.numbers))
         schedule.stop = stop
         watch = Watch(schedule, report, "settling")
-        with attempts(Picking(job, candidates), run, stop, watch.note) as (attempt, crew):
-            watch.hands = crew.hands if crew else ()
+        with attempts(Picking(job, candidates), run, stop, watch.note) as (attempt, watch.crew):
             schedule.run(partial(watch.attempt, attempt))
         if not stop.is_set():
             self._settle(schedule.result)

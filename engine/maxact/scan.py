@@ -64,14 +64,14 @@ class Job:
         """The same for one worker, whose device and threads `run` says."""
         return replace(self, run=run, device=run.torch_device())
 
-    def tally(self, shard: Shard) -> Tally:
-        """What counts a shard of a scan: the strongest peaks and the statistics."""
+    def tally(self, shard: Shard, before: frozenset[int] | None = None) -> Tally:
+        """What counts a shard of a scan: the strongest peaks and the statistics. `before`: see `dense.Dense`."""
         settings, channels = self.settings, sum(tap.channels for tap in self.taps)
         if self.store is None or settings.pooled is None:
             return Tally(shard, channels, settings.kept())
         assert settings.shard
         target = Target(self.store, settings.pooled, self.taps, len(self.catalog), settings.shard)
-        return Dense(shard, channels, settings.kept(), target)
+        return Dense(shard, channels, settings.kept(), target, before)
 
     @property
     def pixels(self) -> tuple[str, Preprocess]:
@@ -126,11 +126,19 @@ def scan(
         except (Unreadable, OutOfMemory) as error:
             failure = error
         except torch.OutOfMemoryError as error:  # outside of the network: pixels, or the peaks' way out
-            failure = OutOfMemory(f"out of memory with batches of {jobs[0].settings.batch}")
-            failure.__cause__ = error
-        yield from counter.rest()
+            failure = _short(jobs[0], error)
+        try:
+            yield from counter.rest()
+        except torch.OutOfMemoryError as error:
+            failure = failure or _short(jobs[0], error)
     if failure:
         raise failure
+
+
+def _short(job: Job, error: torch.OutOfMemoryError) -> OutOfMemory:
+    short = OutOfMemory(f"out of memory with batches of {job.settings.batch}")
+    short.__cause__ = error
+    return short
 
 
 @contextmanager
@@ -237,11 +245,17 @@ class _Counter(Generic[P]):
             yield self._closed.popleft().result()
 
     def rest(self) -> Iterator[tuple[P | None, ...]]:
-        """Waits for everything, and gives the shards that are finished then."""
-        for counted in self._counting:
-            counted.result()
-        while self._closed:
-            yield self._closed.popleft().result()
+        """Waits for everything, and gives the shards that are finished then. Raises what counting raised, after
+        them."""
+        failures = [error for counted in self._counting if (error := counted.exception())]
+        for closed in self._closed:
+            if error := closed.exception():
+                failures.append(error)
+            else:
+                yield closed.result()
+        self._closed.clear()
+        if failures:
+            raise failures[0]
 
 
 def _count(counting: Counting[P], peaks: Pending, numbers: NDArray[np.int64]) -> None:

@@ -4,10 +4,8 @@ Paths are bytes from end to end, as the file system gives them; text is made of 
 messages, as UTF-8 with lone surrogates for what is none. So neither the locale nor odd names change what is found.
 """
 
-import csv
 import errno
 import fnmatch
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -18,9 +16,10 @@ from typing import NamedTuple, TypeVar
 from braceexpand import braceexpand
 from natsort import natsort_keygen
 
-from maxact import archives, limits, packed, remote, urls
+from maxact import archives, groups, limits, listed, packed, remote, urls
 from maxact.archives import Row, printable, show, text
 from maxact.errors import MaxactError, UsageError
+from maxact.listed import MISSING
 from maxact.urls import is_remote
 
 # The last ones can be decoded by no decoder here; they are listed so that they show as bad instead of missing.
@@ -36,8 +35,6 @@ COMPRESSED = frozenset(["tgz", "tbz", "tbz2", "txz", "tzst", "gz", "bz2", "xz", 
 FILES = IMAGES | LISTS - {""} | ARCHIVES | COMPRESSED | {"csv"}
 
 _WEB = "few web servers list their folders: give a list (.txt, .csv, .parquet) of URLs, or tar archives"
-
-MISSING = frozenset([errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG])
 
 natural: Callable[[str], object] = natsort_keygen()
 
@@ -212,7 +209,7 @@ def _picture(found: tuple[str, str, Entry]) -> Row:
     key, label, entry = found
     if isinstance(entry, remote.Item) and entry.status:
         return key, label, entry.path, 0, entry.status.size, entry.status.modified
-    return key, label, entry.path, 0, *_length_and_modified(entry.path)
+    return key, label, entry.path, 0, *listed.length_and_modified(entry.path)
 
 
 def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, Entry]]:
@@ -233,13 +230,16 @@ def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, En
         if pattern[i] == "**" and i < last:  # "**" may match nothing
             yield from starts(i + 1)
 
+    def check_depth(folder: bytes, above: int) -> None:
+        if above >= limits.DEEP:
+            raise MaxactError(f"{show(folder)}: lies in more than {limits.DEEP} folders, one in the other")
+
     def visit(
         folder: bytes, key: str, label: str, states: frozenset[int], above: frozenset[tuple[int, int]]
     ) -> Iterator[tuple[str, str, Entry]]:
         with archives.reading(folder):
             status = os.stat(folder)
-        if len(above) >= limits.DEEP:
-            raise MaxactError(f"{show(folder)}: lies in more than {limits.DEEP} folders, one in the other")
+        check_depth(folder, len(above))
         here = (status.st_dev, status.st_ino)
         if here in above:
             return
@@ -252,8 +252,14 @@ def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, En
                 yield key + name, label, entry
 
     def visit_far(
-        listing: list[tuple[str, bool, remote.Item]], key: str, label: str, states: frozenset[int]
+        folder: bytes,
+        listing: list[tuple[str, bool, remote.Item]],
+        key: str,
+        label: str,
+        states: frozenset[int],
+        above: int,
     ) -> Iterator[tuple[str, str, Entry]]:
+        check_depth(folder, above)  # a server's folders may go on for ever, as where one is a link to itself
         everything = last in states
         reached = [states if everything else reach(states, name) for name, _, _ in listing]
         folders = [
@@ -262,13 +268,13 @@ def _walk(place: Place, suffixes: frozenset[str]) -> Iterator[tuple[str, str, En
         below = remote.ahead(partial(_far_listing, suffixes=suffixes), folders)
         for (name, is_folder, entry), then in zip(listing, reached, strict=True):
             if is_folder and then:
-                yield from visit_far(next(below), f"{key}{name}/", name, then)
+                yield from visit_far(entry.path, next(below), f"{key}{name}/", name, then, above + 1)
             elif not is_folder and last in then:
                 yield key + name, label, entry
 
     first, key = frozenset(starts(0)), place.key and place.key + "/"
     if is_remote(place.path):
-        return visit_far(_far_listing(place.path, suffixes), key, place.label, first)
+        return visit_far(place.path, _far_listing(place.path, suffixes), key, place.label, first, 0)
     return visit(place.path, key, place.label, first, frozenset())
 
 
@@ -310,116 +316,24 @@ def _file(path: bytes, key: str) -> Iterator[Row]:
     """The images that a single file is, holds or lists."""
     suffix = archives.suffix(key)
     if suffix in IMAGES:
-        label = "".join(urls.names(text(path))[-2:-1]) if is_remote(path) else _parent(key, path)
-        return iter([(key, label, path, 0, *_length_and_modified(path))])
+        label = "".join(urls.names(text(path))[-2:-1]) if is_remote(path) else listed.parent(key, path)
+        return iter([(key, label, path, 0, *listed.length_and_modified(path))])
     if suffix == "tar":
         return packed.rows(path) or archives.tar_rows(path, key, IMAGES)
     if suffix == "parquet":
-        if archives.holds_images(path):
-            return archives.parquet_rows(path, key)
-        return _listed(path, archives.parquet_paths(path))
+        if groups.holds_images(path):
+            return groups.parquet_rows(path, key)
+        return listed.rows(path, groups.parquet_paths(path))
     if suffix == "csv":
-        return _listed(path, _csv_lines(path))
+        return listed.rows(path, listed.csv_lines(path, IMAGES))
     if suffix in LISTS:
-        return _listed(path, _text_lines(path))
+        return listed.rows(path, listed.text_lines(path))
     if suffix in COMPRESSED:
         raise MaxactError(f"{show(path)} is compressed, so its images cannot be read one by one: unpack it")
     raise MaxactError(
         f"{show(path)} cannot be indexed: give a folder, a glob, a list (.txt, .csv, .parquet), .tar archives or "
         ".parquet files with images"
     )
-
-
-def _listed(path: bytes, lines: Iterable[tuple[bytes, str | None]]) -> Iterator[Row]:
-    """The rows of a list of paths, or URLs, and labels, None for the folder's name. At least one file must be there."""
-    folder, far, lines = os.path.dirname(path) + b"/", is_remote(path), iter(lines)
-    beginning = next(lines, None)
-    if beginning is None:
-        return
-
-    def row(item: tuple[bytes, str | None]) -> Row:
-        line, label = item
-        key = text(line)
-        if far or b"://" in line:
-            source = urls.resolve(path, line)
-            name = "".join(urls.names(text(source))[-2:-1]) if label is None and is_remote(source) else label
-        else:
-            source, name = line if line.startswith(b"/") else folder + line, label
-        return key, _parent(key, source) if name is None else name, source, 0, *_length_and_modified(source)
-
-    several = far or is_remote(beginning[0])
-    exists = False
-    for found in (remote.ahead if several else map)(row, chain([beginning], lines)):
-        exists = exists or found[4] > 0 or found[5] != 0
-        yield found
-    if not exists:
-        first = urls.resolve(path, beginning[0])
-        if is_remote(first):
-            with archives.reading(first):  # says why
-                remote.stat(first)
-        raise MaxactError(
-            f"none of the files that {show(path)} lists can be found, the first of them {show(first)}: relative paths "
-            "start at the folder of the list"
-        )
-
-
-def _parent(key: str, source: bytes) -> str:
-    name = key.rpartition("/")[0].rpartition("/")[2]
-    if name in ("", ".", ".."):
-        name = text(os.path.basename(os.path.dirname(os.path.normpath(source))))
-    return name
-
-
-def _text_lines(path: bytes) -> Iterator[tuple[bytes, None]]:
-    with archives.reading(path), archives.open_file(path) as file:
-        for number, line in enumerate(limits.lines(file), start=1):
-            line = line.rstrip(b"\r\n")
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if b"\0" in line:
-                raise MaxactError(f"{show(path)} is not a list of paths: line {number} holds a zero byte")
-            if line and not line.isspace() and not line.startswith(b"#"):
-                yield line, None
-
-
-def _csv_lines(path: bytes) -> Iterator[tuple[bytes, str | None]]:
-    with (
-        archives.reading(path),
-        archives.open_file(path) as raw,
-        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
-    ):
-        rows = csv.reader(limits.lines(file), strict=True)
-        try:
-            header = next(rows, [])
-            names = [name.strip().lower() for name in header]
-            if names and archives.suffix(names[0]) in IMAGES:
-                raise MaxactError(f"{show(path)} has no header: its first line must name its columns, as in path,label")
-            column = names.index("path") if "path" in names else 0
-            label = names.index("label") if "label" in names else None
-            for row in rows:
-                if len(row) <= max(column, label or 0) and any(row):
-                    raise MaxactError(f"{show(path)}, line {rows.line_num}: {len(row)} columns are too few")
-                if any(row) and not row[0].startswith("#") and row[column]:
-                    where = row[column].encode("utf-8", "surrogateescape")
-                    if b"\0" in where:
-                        raise MaxactError(f"{show(path)}, line {rows.line_num}: the path holds a zero byte")
-                    yield where, None if label is None else row[label]
-        except csv.Error as error:
-            raise MaxactError(f"{show(path)}, line {rows.line_num}: {error}") from None
-
-
-def _length_and_modified(path: bytes) -> tuple[int, int]:
-    """Size and modification time in nanoseconds; 0 and 0 for a file that is missing, which reading reports as bad."""
-    try:
-        if b"://" in path and is_remote(path):
-            return remote.stat(path)[:2]
-        status = os.stat(path)
-    except OSError as error:
-        if error.errno in MISSING:
-            return 0, 0
-        # A mount that has gone away must not turn the rest of the list into missing files.
-        raise MaxactError(f"cannot read {show(path)}: {error.strerror}") from None
-    return status.st_size, status.st_mtime_ns
 
 
 def items(dataset: object) -> Iterator[Row]:

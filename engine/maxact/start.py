@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from maxact import packed, run_ray
-from maxact.catalog import Catalog, is_dataset
+from maxact.catalog import Catalog, Shard, is_dataset
 from maxact.config import RunConfig, ScanConfig
 from maxact.dense import FOLDER, size
 from maxact.errors import MaxactError
@@ -152,7 +152,7 @@ def _try(run: RunConfig, function: Callable[[RunConfig], T]) -> T:
     if run.cluster is not None:
         return run_ray.call(run, function)
     own = run.each()[0]
-    return call(own.devices, function, own)
+    return call(own.devices, 3 * run.stall, function, own)
 
 
 def _manifest(each: Start, images: dict[str, Any], settings: ScanConfig, device: torch.device) -> Manifest:
@@ -177,33 +177,41 @@ def _check_same(store: Store, wanted: Manifest) -> None:
 def _check_room(starts: Sequence[Start], there: dict[Path, Store], images: int) -> None:
     """Raises MaxactError where the values of every image that is left, if they are to be kept, may not fit on the disk
     (the stores of one scan are on one)."""
-    need = freed = 0
+    needs: dict[Path, int] = {}
+    freed = 0  # of what is to be overwritten
     for each in starts:
         if not each.settings.pooled:
             continue
-        store = there.get(each.path)
-        left = _images_left(store) if store else images
-        freed += 0 if store else disk_bytes(each.path)  # of what is to be overwritten
-        need += size(left, each.found.channels)
+        if store := there.get(each.path):
+            left = _left(store)
+            count = sum(shard.stop - shard.start for shard in left)
+            freed += disk_bytes(each.path, {shard.index for shard in left})  # written, but not committed
+        else:
+            count = images
+            freed += disk_bytes(each.path)
+        needs[each.path] = size(count, each.found.channels)
+    need = sum(needs.values())
     if not need:
         return
-    place = next(folder for folder in (starts[0].path, *starts[0].path.absolute().parents) if folder.exists())
+    path = max(needs, key=needs.__getitem__)
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free + freed
     if need > free:
+        whose = "" if len(needs) == 1 else ", and those of the other networks,"
         raise MaxactError(
-            f"{starts[0].path}: the {FOLDER} values of the images to scan take up to {show_bytes(need)} and "
+            f"{path}: the {FOLDER} values of the images to scan{whose} take up to {show_bytes(need)} and "
             f"{show_bytes(free)} are free (compression, which saves some, is not counted on); "
             f"make room, choose fewer --layers or leave --pooled out"
         )
 
 
-def _images_left(store: Store) -> int:
-    """The images in shards that are not committed."""
+def _left(store: Store) -> list[Shard]:
+    """The shards that are not committed."""
     if store.manifest.finished:
-        return 0
+        return []
     state = store.state()
     done = state.shards if state else frozenset()
-    return sum(shard.stop - shard.start for shard in store.catalog.shards(store.shard) if shard.index not in done)
+    return [shard for shard in store.catalog.shards(store.shard) if shard.index not in done]
 
 
 def _check_alike(store: Store, other: Store) -> None:

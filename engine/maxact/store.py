@@ -1,7 +1,8 @@
 """The store on disk: a Zarr group with what was found, the catalog beside it, and the states of an unfinished run.
 
 A run writes one file per commit, `run/state-N`, and the Zarr arrays once, from the last of them, when it is finished;
-until then the same results are read from the state. What of it is Zarr's is in arrays.py and winners.py.
+until then the same results are read from the state. The parts have modules of their own: states.py, ranking.py (a tap's
+arrays), winners.py (the second pass), pooled.py, bad.py (errors.parquet).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,52 +21,46 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from maxact import pooled
-from maxact.archives import reading
 from maxact.arrays import (
     DAMAGE,
     changing,
     consolidate,
     create_group,
     open_group,
-    read_array,
     read_manifest,
-    read_peaks,
     sync_attributes,
-    write_array,
     write_field,
-    write_peaks,
 )
+from maxact.bad import error_table, read_errors, write_errors
 from maxact.catalog import Catalog
-from maxact.config import ScanConfig
 from maxact.dense import FOLDER
 from maxact.errors import MaxactError
 from maxact.field import Field
-from maxact.files import leftovers, replace_file, sync_folder, sync_tree, writing
+from maxact.files import leftovers, sync_folder, sync_tree, writing
 from maxact.inputs import Inputs
-from maxact.lock import check_place, is_state, lock
+from maxact.lock import check_place, lock
 from maxact.manifest import Manifest, shorten
 from maxact.models import Normalised
 from maxact.partial import BadImage, Partial
 from maxact.pooled import Pooled
 from maxact.preprocess import Preprocess
 from maxact.process import show_bytes
+from maxact.ranking import mark_settled, read_candidates, read_settled, read_tap, write_settled, write_tap
 from maxact.results import Peaks, TapResults, of_partial
 from maxact.settle import Exact
 from maxact.sound import is_count, is_words
-from maxact.stats import STATISTICS
-from maxact.tap import Tap, columns
+from maxact.states import load_state, remove_states, save_state, states
+from maxact.tap import columns
 from maxact.thumbs import Thumbs
 from maxact.topk import List
 from maxact.winners import Layout, Winners
 
 log = logging.getLogger("maxact")
 _ADVICE = "make room there and run the same again (without --overwrite) to go on"
-_ERRORS = pa.schema([("image", pa.int64()), ("key", pa.string()), ("stage", pa.string()), ("error", pa.string())])
 
 
 class Store:
@@ -104,8 +99,7 @@ class Store:
         with writing(path):
             # cut short, it is a store of the same scan in which nothing is done yet
             store.reopen()
-            for _, state in store._states():
-                state.unlink()
+            remove_states(store.path)
             entries = sorted(Path(path).iterdir(), key=lambda entry: entry.name == "zarr.json")
             for entry in (entry for entry in entries if entry.name not in ("run", "images.parquet")):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -117,43 +111,11 @@ class Store:
 
     def commit(self, partial: Partial) -> None:
         """Makes `partial` the state of the run: after this it survives anything; before, the last one does."""
-        states = self._states()
-        number = states[-1][0] + 1 if states else 0
-        path = self.path / "run" / f"state-{number}"
-        with writing(path, f"it needs {show_bytes(partial.nbytes)}; {_ADVICE}"):
-            replace_file(path, partial.save)
-            for _, old in states:
-                old.unlink()
+        save_state(self.path, partial, _ADVICE)
 
     def state(self) -> Partial | None:
         """What the last commit wrote; None before the first."""
-        while states := self._states():
-            try:
-                state = Partial.load(states[-1][1])
-            except FileNotFoundError:  # a run that goes on has committed once more
-                continue
-            self._check_state(states[-1][1], state)
-            return state
-        return None
-
-    def _check_state(self, path: Path, state: Partial) -> None:
-        """Raises MaxactError for a state that is none of this store: it would be merged with what is scanned."""
-        settings, images = self.manifest.settings, len(self.catalog)
-        channels = sum(tap.channels for tap in self.manifest.taps)
-        kept = {key: (channels, k) for key, k in ScanConfig.from_json(settings).kept().items()}
-        shards = -(-images // settings["shard"])
-        good = {key: top.score.shape for key, top in state.tops.items()} == kept
-        for top in state.tops.values():
-            good &= bool(top.image.min(initial=-1) >= -1 and top.image.max(initial=-1) < images)
-        good &= max((*state.shards, *state.grey, *state.held), default=0) < shards
-        good &= all(len(stats.images) == channels for stats in state.stats.values())
-        if not good or any(bad.image >= images for bad in state.bad):
-            raise MaxactError(f"{path}: is no state of this store; start again with --overwrite")
-
-    def _states(self) -> list[tuple[int, Path]]:
-        """The states that are there, by number: one, or two where a commit was cut short before it tidied up."""
-        names = filter(is_state, (self.path / "run").glob("state-*"))
-        return sorted((int(path.name[6:]), path) for path in names if path.is_file())
+        return load_state(self.path, self.manifest, len(self.catalog))
 
     def finish(self, partial: Partial, fields: Mapping[str, Field] | None = None) -> None:
         """Writes the Zarr arrays and errors.parquet from the run's whole result.
@@ -170,7 +132,7 @@ class Store:
         stats = partial.total()
         with changing(self.path, f"it needs about {show_bytes(partial.nbytes)}; {_ADVICE}") as group:
             for tap, start, stop in columns(self.manifest.taps):
-                self._write_tap(group, of_partial(self.catalog, tap, partial, stats, start, stop))
+                write_tap(group, of_partial(self.catalog, tap, partial, stats, start, stop), self.manifest)
                 if fields:
                     write_field(group[tap.name], fields[tap.name])
             self._forget_projection()  # the arrays of one went with the lists that they belonged to
@@ -196,7 +158,7 @@ class Store:
         if not settings["pooled"]:
             return
         if missing := pooled.missing(self.path, taps, settings["pooled"]):
-            if self.manifest.finished or self._states():
+            if self.manifest.finished or states(self.path):
                 where = f"{self.path}/{FOLDER}"
                 raise MaxactError(f"{where}: the values of {missing[0].name} are gone; scan again with --overwrite")
             with changing(self.path, _ADVICE) as group:
@@ -234,9 +196,9 @@ class Store:
             (self.path / name).unlink(missing_ok=True)
 
     def settling(self) -> dict[Path, dict[str, Any]]:
-        """The states of settling runs, and what each is about: nothing where it is damaged."""
-        paths = sorted((self.path / "run").glob("settling-*"))
-        return {path: _settling(Exact.about(path)) for path in paths}
+        """The states of settling runs, and what each is about: nothing where it is damaged or of another store."""
+        found = {path: _settling(Exact.about(path)) for path in sorted((self.path / "run").glob("settling-*"))}
+        return {path: about if set(about.get("taps", ())) <= set(self) else {} for path, about in found.items()}
 
     def _forget_settling(self) -> None:
         for path in self.settling():
@@ -248,8 +210,7 @@ class Store:
         for left in leftovers((*self.path.iterdir(), *(self.path / "run").iterdir())):
             left.unlink()
         if not self.bad_in_scan():
-            for _, state in self._states():
-                state.unlink()
+            remove_states(self.path)
 
     def _mark(self, group: Any, **changes: Any) -> None:
         """Changes the manifest, here and on disk, in one write."""
@@ -257,25 +218,6 @@ class Store:
         group.attrs["maxact"] = self.manifest.to_json()
         sync_attributes(self.path)
         self.__dict__.pop("_results", None)
-
-    def _write_tap(self, group: Any, results: TapResults) -> None:
-        tap = results.tap
-        attributes = {
-            "kind": tap.kind,
-            "layer": tap.layer,
-            "channels": tap.channels,
-            "map": list(tap.map),
-            "unfit": results.unfit,
-        }
-        node = group.create_group(tap.name, attributes=attributes, overwrite=True)
-        for (score, end), peaks in results.lists.items():
-            shown = self.manifest.settings[end]
-            write_peaks(node, f"{score}/{end}", peaks.first(shown), "rank")
-            if shown < peaks.image.shape[1]:
-                # a dimension of its own: xarray wants one that bears the same name to be as long in a group below
-                write_peaks(node, f"{score}/{end}/candidates", peaks, "candidate")
-        for name, values in results.stats.items():
-            write_array(node, f"stats/{name}", values, ("channel",), 0 if name == "count" else np.nan)
 
     @property
     def shard(self) -> int:
@@ -293,7 +235,7 @@ class Store:
         """Reads one tap: from the arrays of a finished store, from the state of an unfinished one."""
         places = {tap.name: (tap, start, stop) for tap, start, stop in columns(self.manifest.taps)}
         if self.manifest.finished:
-            return lambda name: self._read_tap(places[name][0])
+            return lambda name: read_tap(self.path, self.catalog, places[name][0], self.manifest)
         state = self.state()
         if state is None:
             raise MaxactError(
@@ -311,29 +253,6 @@ class Store:
             return found.first(ranks)
 
         return read
-
-    def _read_tap(self, tap: Tap) -> TapResults:
-        lists: dict[List, Peaks] = {}
-        try:
-            node = open_group(self.path, tap.name)
-            for score, end in self.manifest.lists():
-                place = node[f"{score}/{end}"]
-                if "settling" in place.attrs:  # cut short: the order of 16 bits, which is whole
-                    whole = read_peaks(place["candidates"], (score, end), tap.channels)
-                    lists[score, end] = whole.first(self.manifest.settings[end])
-                else:
-                    lists[score, end] = read_peaks(place, (score, end), tap.channels)
-            stats = {
-                name: read_array(node["stats"], name, np.int64 if name == "count" else np.float32, (tap.channels,))
-                for name in STATISTICS
-            }
-            found = TapResults(self.catalog, tap, lists, stats, int(node.attrs["unfit"]))
-            found.check()
-            return found
-        except DAMAGE as error:
-            raise MaxactError(
-                f"{self.path}: the tap {tap.name} is missing or damaged; scan again with --overwrite"
-            ) from error
 
     def __repr__(self) -> str:
         state = "finished" if self.manifest.finished else "unfinished"
@@ -353,18 +272,11 @@ class Store:
 
     def candidates(self, tap: str, key: List) -> Peaks:
         """All candidates of a list of a 16-bit scan, as that scored them."""
-        channels = next(each.channels for each in self.manifest.taps if each.name == tap)
-        try:
-            return read_peaks(open_group(self.path, f"{tap}/{key[0]}/{key[1]}/candidates"), key, channels)
-        except DAMAGE as error:
-            raise MaxactError(
-                f"{self.path}: the candidates of {tap} are missing or damaged; scan again with --overwrite"
-            ) from error
+        return read_candidates(self.path, next(each for each in self.manifest.taps if each.name == tap), key)
 
     def settled(self, tap: str, key: List) -> int:
         """How many first ranks of a list are in the order of float32, though the scan was of 16 bits."""
-        count: int = open_group(self.path, f"{tap}/{key[0]}/{key[1]}").attrs.get("settled", 0)
-        return count
+        return read_settled(self.path, tap, key)[0]
 
     def is_settled(self, tap: str, ranks: int) -> bool:
         """Whether the first `ranks` of all lists of a tap, or what was kept of them, are in the order of float32."""
@@ -373,27 +285,19 @@ class Store:
 
     def settled_deviation(self) -> float:
         """The largest deviation (`settle.Settled`) that was seen when lists were settled."""
-        lists = [open_group(self.path, f"{tap}/{score}/{end}") for tap in self for score, end in self.manifest.lists()]
-        return max((node.attrs.get("deviation", 0.0) for node in lists), default=0.0)
+        lists = (read_settled(self.path, tap, key) for tap in self for key in self.manifest.lists())
+        return max((deviation for _, deviation in lists), default=0.0)
 
     def write_settled(self, tap: str, key: List, peaks: Peaks, certain: NDArray[np.bool_]) -> None:
         """Replaces a list by a settled one. Until `mark_settled` the candidates are read in its place."""
-        place = f"{tap}/{key[0]}/{key[1]}"
         with changing(self.path, _ADVICE) as group:
-            node = group[place]
-            node.attrs.put(_without_settling(node.attrs) | {"settling": True})
-            sync_attributes(self.path / place)
-            for name, values in peaks._asdict().items():
-                if values is not None:
-                    node[name][:] = values
-            write_array(node, "certain", certain, ("channel",), False)
+            write_settled(self.path, group, tap, key, peaks, certain)
         self.__dict__.pop("_results", None)
 
     def mark_settled(self, tap: str, key: List, ranks: int, deviation: float) -> None:
         """Says that the first `ranks` of a list are settled, after all that `write_settled` wrote is on the disk."""
         with changing(self.path, _ADVICE) as group:
-            node = group[f"{tap}/{key[0]}/{key[1]}"]
-            node.attrs.put(_without_settling(node.attrs) | {"settled": ranks, "deviation": deviation})
+            mark_settled(group, tap, key, ranks, deviation)
         self.__dict__.pop("_results", None)
 
     def winners(self, tap: str, score: str = "max", end: str = "top") -> Winners:
@@ -482,15 +386,9 @@ class Store:
     def errors(self) -> pa.Table:
         """The bad images so far: image, key, stage, error. Raises MaxactError where they cannot be read."""
         if self.manifest.finished:
-            path = os.fsencode(self.path / "errors.parquet")
-            with reading(path):
-                table = pq.read_table(pa.OSFile(path))
-                if not table.schema.equals(_ERRORS) or any(column.null_count for column in table.columns):
-                    raise pa.ArrowInvalid("it has other columns")
-                table.validate(full=True)  # text that is no UTF-8
-                return table
+            return read_errors(self.path / "errors.parquet")
         state = self.state()
-        return _error_table(state.bad if state else ())
+        return error_table(state.bad if state else ())
 
 
 def _settling(about: str | None) -> dict[str, Any]:
@@ -500,22 +398,3 @@ def _settling(about: str | None) -> dict[str, Any]:
         if isinstance(values, dict) and is_words(values.get("taps")) and is_count(values.get("ranks")):
             return values
     return {}
-
-
-def _without_settling(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of a list without those that settling gives it."""
-    return {name: value for name, value in attributes.items() if name not in ("settling", "settled", "deviation")}
-
-
-def _error_table(bad: tuple[BadImage, ...]) -> pa.Table:
-    return pa.Table.from_pylist([asdict(image) for image in bad], schema=_ERRORS)
-
-
-def write_errors(path: Path, bad: tuple[BadImage, ...]) -> None:
-    """Writes errors.parquet."""
-
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as file:  # Arrow itself takes no path that is not UTF-8
-            pq.write_table(_error_table(bad), file)
-
-    replace_file(path, write)

@@ -6,12 +6,13 @@ A shard is done when every store has it; what a store has already is left out wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig
+from maxact.errors import MaxactError
 from maxact.fetch import look
 from maxact.partial import BadImage, Partial
 from maxact.process import Tick
@@ -72,10 +73,12 @@ def _merge(mine: Partial | None, theirs: Partial | None) -> Partial | None:
 
 @dataclass(frozen=True)
 class Scanning:
-    """The first pass, as a worker does it: the jobs, and of each the shards that its store has already."""
+    """The first pass, as a worker does it: the jobs, of each the shards that its store has already, and those that
+    are scanned again, with the images that were bad in them (`Stores.held`)."""
 
     jobs: tuple[Job, ...]
     done: tuple[frozenset[int], ...]
+    again: tuple[Mapping[int, frozenset[int]], ...]
     patience: float = HAND_OVER
 
     def on(self, run: RunConfig) -> Scanning:
@@ -87,15 +90,23 @@ class Scanning:
         return map(Parts, scan(self.jobs, shards, stop, report, self._count))
 
     def _count(self, shard: Shard) -> list[Counting[Partial] | None]:
-        return [None if shard.index in has else job.tally(shard) for job, has in zip(self.jobs, self.done, strict=True)]
+        index = shard.index
+        return [
+            None if index in done else job.tally(shard, again.get(index))
+            for job, done, again in zip(self.jobs, self.done, self.again, strict=True)
+        ]
 
     def merge(self, mine: Parts, theirs: Parts) -> Parts:
         """The result of both."""
         return mine.merge(theirs)
 
     def look(self) -> None:
-        """Raises MaxactError where the images cannot be read from here."""
+        """Raises MaxactError where the images cannot be read from here, or a store that it writes to is not here."""
         look(self.jobs[0].catalog)
+        for job in self.jobs:
+            if job.store and not (job.store / "zarr.json").exists():
+                need = "with --pooled the store must be on a file system that every worker sees"
+                raise MaxactError(f"{job.store}: is not there; {need}")
 
 
 class Stores:
@@ -118,6 +129,16 @@ class Stores:
     def begun(self) -> Parts:
         """What was committed when this was first asked."""
         return Parts(tuple(store.state() for store in self._stores))
+
+    def held(self) -> tuple[dict[int, frozenset[int]], ...]:
+        """Of each store the shards that can be scanned again, and the images in them that are bad for any network."""
+        bad = [image.image for image in self.begun.bad]
+        return tuple(
+            {index: frozenset(image for image in bad if image // self.shard == index) for index in part.held}
+            if part
+            else {}
+            for part in self.begun.each
+        )
 
     def state(self) -> Parts:
         """What a run goes on with: see `begun`."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import os
 import posixpath
 import re
-from urllib.parse import unquote
+from collections.abc import Iterator
+from urllib.parse import unquote, urljoin
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_HREF = re.compile(r"""<a\s[^<>]*?(?<![\w-])href\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))""", re.IGNORECASE)
 _WEB = (b"http://", b"https://")
 
 
@@ -26,6 +29,26 @@ def is_web(url: str | bytes) -> bool:
 def plain(url: str) -> str:
     """A URL without the query and the fragment that one of a web server may have."""
     return url.partition("#")[0].partition("?")[0] if is_web(url) else url
+
+
+def beside(path: bytes, end: str) -> bytes:
+    """The file that is named as the one at `path`, and then `end`: before the query, where a URL has one."""
+    name = plain(text := path.decode("utf-8", "surrogateescape"))
+    return (name + end + text[len(name) :]).encode("utf-8", "surrogateescape")
+
+
+def folder(path: bytes) -> bytes:
+    """The folder that a file is in; of a URL without its query, which was the file's."""
+    return os.path.dirname(_plain(path))
+
+
+def inside(folder: bytes, name: str) -> bytes:
+    """A file in a folder; of a URL without its query, as folders are listed."""
+    return os.path.join(_plain(folder), name.encode())
+
+
+def _plain(path: bytes) -> bytes:
+    return plain(path.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 def split(url: str) -> tuple[str, list[str]]:
@@ -51,3 +74,12 @@ def resolve(place: bytes, path: bytes) -> bytes:
     if any(part in (".", "..") for part in whole.split("/")):
         whole = posixpath.normpath(whole)
     return f"{root}{host}{whole}".encode("utf-8", "surrogateescape")
+
+
+def links(page: str, base: str) -> Iterator[str]:
+    """The URLs that a page of HTML at the URL `base` links to."""
+    for link in _HREF.finditer(page):
+        try:
+            yield urljoin(base, html.unescape(link[1] or link[2] or link[3] or "").strip())
+        except ValueError:  # none of a URL's form
+            continue

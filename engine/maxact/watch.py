@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Generic
+from typing import Any, Generic
 
 from maxact.catalog import Shard
-from maxact.process import Hand, Progress, Tick
+from maxact.crew import Crew
+from maxact.process import Progress, Tick
 from maxact.schedule import P, Schedule
 
 
@@ -30,7 +31,7 @@ class Watch(Generic[P]):
         self._open: dict[int, _Open] = {}
         self._begun = time.monotonic()
         self._waited = 0.0
-        self.hands: tuple[Hand, ...] = ()
+        self.crew: Crew[Any, P] | None = None  # whose workers are shown
         self._count()
 
     def note(self, tick: Tick) -> None:
@@ -41,7 +42,8 @@ class Watch(Generic[P]):
         now.images += tick.images
         now.bad += len(tick.bad)
         now.grey += tick.grey
-        self._waited += tick.waited / max(1, len(self.hands))
+        hands = self.crew.hands if self.crew else ()
+        self._waited += tick.waited / max(1, len(hands))
         self._schedule.note(tick)
         done, bad, grey = self._finished
         in_hand = self._open.values()
@@ -52,7 +54,7 @@ class Watch(Generic[P]):
             grey=grey + sum(each.grey for each in in_hand),
             waited=self._waited,
             seconds=time.monotonic() - self._begun,
-            hands=self.hands,
+            hands=hands,
         )
         self._report(self._progress)
 

@@ -13,21 +13,27 @@ import mmap
 import os
 import pickle
 import signal
+import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import cloudpickle
 import torch
 
+from maxact import fetch
 from maxact.config import RunConfig
 from maxact.errors import MaxactError, UsageError
 from maxact.process import Tick
+from maxact.wire import Wire
+
+_PULSE = 5.0  # seconds
+_ENDING = 60.0
 
 log = logging.getLogger("maxact")
 
@@ -163,9 +169,19 @@ class Worker(Generic[I, P]):
 
     def serve(self) -> None:
         """Works for ever. Leaves by an exception that is no MaxactError: then it has to be replaced."""
+        threading.Thread(target=self._tell_of_reading, daemon=True).start()
         while True:
             self._begins.get()
             self._attempt()
+
+    def _tell_of_reading(self) -> None:
+        """Says that it lives while storage that has gone is asked again and again: that takes minutes a batch."""
+        before = 0
+        while True:
+            time.sleep(_PULSE)
+            if (now := fetch.asked_again()) != before:
+                self._send(Said(logging.DEBUG, f"{now} reads have failed and were tried again"))
+                before = now
 
     def _attempt(self) -> None:
         held: P | None = None
@@ -218,59 +234,101 @@ def pickled(what: object) -> bytes:
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise UsageError(
             f"devices: what is to be scanned cannot be sent to other processes ({' '.join(str(error).split())}); "
-            'leave out what cannot be pickled, or run it on devices="cpu", which needs no other process'
+            "leave out what cannot be pickled (open files: open them when they are first used), or run it on "
+            'devices="cpu", which needs no other process'
         ) from error
 
 
-def serve(work: Work[Any, Any], connection: Connection) -> None:
-    """Works in this process until the driver at the other end of the connection ends, or something unexpected happens.
+class _Outbox:
+    """Sends messages on a thread of its own, in their order: large ones take time, and the worker goes on."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._waiting: SimpleQueue[Message | None] = SimpleQueue()
+        self._free = threading.Event()  # no part is on its way
+        self._free.set()
+        self._thread = threading.Thread(target=self._post, daemon=True)
+        self._thread.start()
+
+    def send(self, message: Message) -> None:
+        """Sends it, some time."""
+        if isinstance(message, Given):
+            self._free.clear()
+        self._waiting.put(message)
+
+    def is_free(self) -> bool:
+        """Whether a part that was sent has gone."""
+        return self._free.is_set()
+
+    def flush(self) -> None:
+        """Waits until everything has gone."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _post(self) -> None:
+        with suppress(OSError):  # the driver has ended: `serve` hears that
+            while (message := self._waiting.get()) is not None:
+                self._wire.send(message)
+                if isinstance(message, Given):
+                    self._free.set()
+
+
+def serve(work: Work[Any, Any], wire: Wire) -> None:
+    """Works in this process until the driver at the other end ends, or something unexpected happens.
 
     The first that comes from there is how this worker is to run: a RunConfig.
     """
-    lock = threading.Lock()
-
-    def send(message: Message) -> None:
-        with lock:
-            connection.send(message)
+    outbox = _Outbox(wire)
 
     def listen() -> None:
         try:
             while True:
-                worker.tell(connection.recv())
+                worker.tell(wire.receive())
         except (EOFError, OSError):
             os._exit(1)  # whatever the worker is at: nobody waits for it any more
 
     log.setLevel(logging.INFO)
-    log.addHandler(Telling(send))
+    log.addHandler(Telling(outbox.send))
     try:
-        worker = Worker(work.on(connection.recv()), send)
+        worker = Worker(work.on(wire.receive()), outbox.send, outbox.is_free)
         threading.Thread(target=listen, daemon=True).start()
         worker.serve()
+    except EOFError:
+        os._exit(1)
+    except MaxactError as error:  # nothing that another worker would do better
+        outbox.send(Done(error))
+        time.sleep(_ENDING)  # until the driver ends it
     except Exception as error:
         traceback.print_exc()
-        send(Gone(describe(error)))
-        os._exit(1)
+        outbox.send(Gone(describe(error)))
+    outbox.flush()
+    os._exit(1)
 
 
-def answer(function: Callable[..., Any], arguments: tuple[Any, ...], connection: Connection) -> None:
+def answer(function: Callable[..., Any], arguments: tuple[Any, ...], wire: Wire) -> None:
     """Sends what a function gives, or the MaxactError that it raises, and ends this process."""
     log.setLevel(logging.INFO)
-    log.addHandler(Telling(connection.send))
+    log.addHandler(Telling(wire.send))
     try:
-        connection.send(function(*arguments))
+        wire.send(function(*arguments))
     except MaxactError as error:
-        connection.send(Done(error))
+        wire.send(Done(error))
     except Exception as error:
         traceback.print_exc()
-        connection.send(Gone(describe(error)))
+        wire.send(Gone(describe(error)))
     os._exit(0)
 
 
-def main(connection: int, load: int) -> None:
-    """A worker process: file descriptors of the connection to the driver, and of the pickled function that takes it."""
+def main(end: int, load: int) -> None:
+    """A worker process: file descriptors of the socket to the driver, and of the pickled function of its wire."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes: the driver says what to do
         signal.signal(number, signal.SIG_IGN)
-    with mmap.mmap(load, 0, access=mmap.ACCESS_READ) as pickled:
-        function = pickle.loads(pickled)
+    wire = Wire(socket.socket(fileno=end))
+    try:
+        with mmap.mmap(load, 0, access=mmap.ACCESS_READ) as packed:
+            function = pickle.loads(packed)
+    except Exception as error:  # a class whose module this process does not find, say
+        wire.send(Gone(describe(error)))
+        os._exit(1)
     os.close(load)
-    function(Connection(connection))
+    function(wire)
