@@ -20,7 +20,7 @@ demo: $(READY)  ## scan real photographs through a real network, and show what i
 	$(PYTHON) -m maxact.cli demo demo
 
 test: $(READY)  ## all tests that need no GPU
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTHON) -m pytest -m "not gpu" -n logical --maxprocesses 4 --dist loadfile
 
 test-gpu: export PYTHONPATH := engine:kernels
 test-gpu: $(READY)  ## the tests that need a GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from maxact.config import ScanConfig
@@ -15,8 +16,12 @@ from maxact.process import show_bytes
 
 def states(path: Path) -> list[tuple[int, Path]]:
     """Those of the store at `path`, by number: one, or two where a commit was cut short before it tidied up."""
-    names = filter(is_state, (path / "run").glob("state-*"))
-    return sorted((int(path.name[6:]), path) for path in names if path.is_file())
+    try:
+        with os.scandir(path / "run") as entries:  # which say what they are: by now a file may be gone
+            found = [Path(entry.path) for entry in entries if entry.is_file(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    return sorted((int(each.name[6:]), each) for each in found if is_state(each))
 
 
 def save_state(path: Path, partial: Partial, advice: str) -> None:
@@ -34,7 +39,7 @@ def save_state(path: Path, partial: Partial, advice: str) -> None:
 def load_state(path: Path, manifest: Manifest, images: int) -> Partial | None:
     """What `save_state` last wrote; None before the first. Raises MaxactError where it is no state of the store, which
     has so many images."""
-    while there := states(path):
+    while there := states(path) or states(path):  # one that is listed while it is replaced may be missed
         try:
             state = Partial.load(there[-1][1])
         except FileNotFoundError:  # a run that goes on has committed once more
