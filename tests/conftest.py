@@ -13,9 +13,9 @@ import pytest
 # before torch is imported: or waiting threads of several test processes take the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import maxact  # noqa: E402
-from stores import scan  # noqa: E402
-from support import write_photographs  # noqa: E402
+import maxact
+from stores import scan
+from support import write_photographs
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
