@@ -57,18 +57,13 @@ def made(shard: int, k: int) -> Partial:
     return Partial(frozenset({shard}), {("max", "top"): top}, {(5, shard): Stats.empty(CHANNELS)})
 
 
-def size(part: Partial) -> int:
-    """Its bytes."""
-    arrays = [array for each in (*part.tops.values(), *part.stats.values()) for array in vars(each).values()]
-    return sum(array.nbytes for array in arrays)
-
-
 @dataclass(frozen=True)
 class Giving:
     """A work that gives made-up results of shards that nobody scans; of the first kind no result, but ticks."""
 
     made: tuple[Partial, ...] = ()
     patience: float = 0.0
+    merge: None = None
 
     def on(self, run: RunConfig) -> Giving:
         """One result is enough: its numbers are changed."""
@@ -86,10 +81,6 @@ class Giving:
             ((key, top),) = self.made[kind - 1].tops.items()
             top = replace(top, image=top.image + shard.index * SHARD)
             yield Parts((Partial(index, {key: top}, {(5, shard.index): Stats.empty(CHANNELS)}),))
-
-    def merge(self, mine: Parts, theirs: Parts) -> Parts:
-        """Not called."""
-        raise NotImplementedError
 
     def look(self) -> None:
         """It reads nothing."""
@@ -132,7 +123,7 @@ def alone(k: int, folder: Path) -> tuple[int, float, float]:
     whole.merge(parts[0])  # compiled by this
     merging = [seconds(partial(whole.merge, part)) for part in parts]
     commits = [seconds(partial(replace_file, folder / "state", whole.save)) for _ in range(3)]
-    return size(whole), median(merging), median(commits)
+    return whole.nbytes, median(merging), median(commits)
 
 
 def measure(runs: dict[str, RunConfig], rounds: int, rate: float) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:

@@ -71,6 +71,13 @@ def write_photographs(folder: Path, count: int) -> list[Path]:
     return sorted(paths)
 
 
+def cut_short(folder: Path, *stems: str) -> None:
+    """Takes the end marker from some photographs in a folder: bad files."""
+    for stem in stems:
+        (path,) = folder.rglob(f"{stem}.jpg")
+        path.write_bytes(path.read_bytes()[:-2])
+
+
 def pixels(paths: Iterable[Path], preprocess: Preprocess = SMALL) -> torch.Tensor:
     """What the network must see of some files: uint8 [N, H, W, 3], by PIL and torchvision."""
     mode = v2.InterpolationMode(preprocess.interpolation)

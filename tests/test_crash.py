@@ -25,6 +25,7 @@ from maxact.fields import of_taps
 from maxact.info import describe
 from maxact.store import Store
 from stores import ARGUMENTS, Child, command, contents, die_at, scan, wait_for
+from support import cut_short
 
 LIVES = 200  # more than any run here can need
 
@@ -34,9 +35,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """An undisturbed run, with bad files in two shards."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(photos, folder / "photos")
-    for stem in ("005", "010"):
-        (path,) = (folder / "photos").rglob(f"{stem}.jpg")
-        path.write_bytes(path.read_bytes()[:-2])
+    cut_short(folder / "photos", "005", "010")
     return scan(folder / "photos", folder / "x")
 
 

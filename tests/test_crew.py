@@ -19,7 +19,7 @@ from maxact.errors import MaxactError, UsageError
 from maxact.fetch import Unreadable
 from maxact.local import attempts, call
 from maxact.process import Tick
-from toil import Piece, Squares, Toil
+from toil import Piece, Squares, Toil, assert_whole, is_alive, workers
 
 PIECES = 12
 
@@ -33,50 +33,32 @@ def gather(
         return list(attempt(map(Piece, range(count)))), ticks
 
 
-def assert_whole(given: list[Squares], count: int = PIECES) -> None:
-    """Every piece was given, and given once."""
-    squares = [pair for each in given for pair in each.squares.items()]
-    assert sorted(squares) == [(number, number**2) for number in range(count)]
-
-
-def workers(work: Toil) -> list[int]:
-    """The processes that have worked."""
-    return [int(path.name.removeprefix("pid-")) for path in work.folder.glob("pid-*")]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.fixture(autouse=True)
 def no_process_stays(tmp_path: Path) -> Iterator[None]:
     yield
-    assert not [pid for pid in workers(Toil(tmp_path)) if is_alive(pid)]
+    assert not [pid for pid in workers(tmp_path) if is_alive(pid)]
 
 
 @pytest.mark.parametrize(("devices", "count"), [("cpu:1", 1), ("cpu:3", 3)])
 def test_every_item_is_given_once_by_as_many_processes_as_devices(tmp_path: Path, devices: str, count: int) -> None:
     work = Toil(tmp_path, slow={"cpu": 0.1})
     given, ticks = gather(work, devices=devices)
-    assert_whole(given)
+    assert_whole(given, PIECES)
     assert sorted(tick.shard for tick in ticks) == list(range(PIECES))
     used = {pid for each in given for pid in each.workers.values()}
-    assert used <= set(workers(work)) and os.getpid() not in used and len(workers(work)) == count
+    assert used <= set(workers(work.folder)) and os.getpid() not in used and len(workers(work.folder)) == count
 
 
 def test_one_cpu_is_this_process(tmp_path: Path) -> None:
     given, _ = gather(Toil(tmp_path), devices="cpu")
-    assert_whole(given)
+    assert_whole(given, PIECES)
     assert {pid for each in given for pid in each.workers.values()} == {os.getpid()}
     (tmp_path / f"pid-{os.getpid()}").unlink()
 
 
 def test_results_are_merged_before_they_are_handed_over(tmp_path: Path) -> None:
     given, _ = gather(Toil(tmp_path, patience=3600), devices="cpu:1")
-    assert_whole(given)
+    assert_whole(given, PIECES)
     assert len(given) == 1
 
 
@@ -89,7 +71,7 @@ def test_a_slow_worker_does_not_hold_up_the_rest(tmp_path: Path) -> None:
         for each in attempt(map(Piece, range(40))):
             given.append(each)
             (pid,) = each.workers.values()
-            if stopped is None and len(workers(work)) == 2:
+            if stopped is None and len(workers(work.folder)) == 2:
                 stopped, before = pid, len(given)
                 os.kill(stopped, signal.SIGSTOP)
             if len(given) == 38:
@@ -100,8 +82,8 @@ def test_a_slow_worker_does_not_hold_up_the_rest(tmp_path: Path) -> None:
 
 def test_workers_that_die_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     work = Toil(tmp_path, {3: ("killed", 2), 6: ("raises", 1), 9: ("memory", 1), 10: ("silent", 1)})
-    assert_whole(gather(work, stall=12.0)[0])
-    assert len(workers(work)) == 2 + 5
+    assert_whole(gather(work, stall=12.0)[0], PIECES)
+    assert len(workers(work.folder)) == 2 + 5
     lines = [record.message for record in caplog.records if "the worker died" in record.message]
     for reason, count in (
         ("killed", 2),
@@ -133,8 +115,8 @@ def test_what_cannot_be_read_ends_the_attempt_and_the_next_one_goes_on(tmp_path:
         done = {number for each in given for number in each.squares}
         assert 2 not in done
         given.extend(attempt(Piece(number) for number in range(PIECES) if number not in done))
-    assert_whole(given)
-    assert len(workers(work)) == 2
+    assert_whole(given, PIECES)
+    assert len(workers(work.folder)) == 2
 
 
 def test_a_stop_keeps_what_is_finished(tmp_path: Path) -> None:
@@ -177,10 +159,10 @@ with attempts(work, RunConfig("cpu:2"), threading.Event(), lambda tick: print("a
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         assert driver.stdout.readline() and driver.stdout.readline()
-        assert sum(map(is_alive, workers(Toil(tmp_path)))) == 2
+        assert sum(map(is_alive, workers(tmp_path))) == 2
         driver.kill()
     deadline = time.monotonic() + 30
-    while any(map(is_alive, workers(Toil(tmp_path)))) and time.monotonic() < deadline:
+    while any(map(is_alive, workers(tmp_path))) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

@@ -39,7 +39,7 @@ from maxact.store import Store
 from maxact.tap import Tap
 from maxact.together import Scanning
 from stores import ARGUMENTS, SETTINGS, command, contents, names, scan, wait_for
-from support import all_maps, make_job, pixels, same, scan_job
+from support import all_maps, cut_short, make_job, pixels, same, scan_job
 
 TAPS = {"bn1": 6, "bn2": 7, "fc": 5}
 SMALL = tiny.Tiny().preprocess
@@ -50,9 +50,7 @@ def images(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The photographs, two of them bad and one grey, as those of bricks are."""
     folder = tmp_path_factory.mktemp("images") / "photos"
     shutil.copytree(photos, folder)
-    for stem in ("005", "010"):
-        (path,) = folder.rglob(f"{stem}.jpg")
-        path.write_bytes(path.read_bytes()[:-2])
+    cut_short(folder, "005", "010")
     (path,) = folder.rglob("003.jpg")
     with Image.open(path) as picture:
         picture.convert("L").save(path, quality=92)

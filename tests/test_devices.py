@@ -23,7 +23,8 @@ from maxact.errors import MaxactError
 from maxact.process import Interrupted, Progress
 from maxact.store import Store
 from stores import ARGUMENTS, command, contents, scan, wait_for
-from support import photograph
+from support import cut_short, photograph
+from toil import is_alive
 
 PROJECT: dict[str, Any] = {"ranks": 2, "max_size": 32, "batch": 4, "threads": 1, "readers": 4}
 
@@ -33,9 +34,7 @@ def images(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photographs, two of them damaged."""
     folder = tmp_path_factory.mktemp("images") / "photos"
     shutil.copytree(photos, folder)
-    for stem in ("005", "010"):
-        (path,) = folder.rglob(f"{stem}.jpg")
-        path.write_bytes(path.read_bytes()[:-2])
+    cut_short(folder, "005", "010")
     return folder
 
 
@@ -128,18 +127,11 @@ def test_killed_drivers_and_workers(images: Path, tmp_path: Path, whole: Store) 
             wait_for(lambda child=child: "the worker died" in child.so_far() or child.process.exitcode is not None)
             child.kill()
             for pid in workers:
-                wait_for(lambda pid=pid: not is_running(pid))
+                wait_for(lambda pid=pid: not is_alive(pid))
         code = child.wait()
         assert code in (0, -signal.SIGKILL), child.err
     reference = scan(images, tmp_path / "reference", network="tiny:slow")
     assert_same(store, reference.path)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class Deadly(Dataset[Any]):

@@ -24,7 +24,7 @@ from maxact.store import Store
 from maxact.worker import Begin, Done, Give, Given, Message, Worker
 from stores import ARGUMENTS, command, contents, scan, wait_for
 from support import write_photographs
-from toil import Piece, Squares, Toil
+from toil import Piece, Squares, Toil, assert_whole, is_alive, workers
 
 ray = pytest.importorskip("ray")
 SMALL = 100 << 20  # bytes of a node's object store
@@ -62,24 +62,6 @@ def gather(work: Toil, run: RunConfig, count: int) -> tuple[list[Squares], list[
     ticks: list[Tick] = []
     with attempts(work, run, threading.Event(), ticks.append) as (attempt, _):
         return list(attempt(map(Piece, range(count)))), ticks
-
-
-def assert_whole(given: list[Squares], count: int) -> None:
-    """Every piece was given, and given once."""
-    squares = [pair for each in given for pair in each.squares.items()]
-    assert sorted(squares) == [(number, number**2) for number in range(count)]
-
-
-def workers(folder: Path) -> list[int]:
-    """The processes that have worked."""
-    return [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(autouse=True)

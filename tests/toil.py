@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -101,3 +101,21 @@ def unreadable() -> None:
 
 def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def assert_whole(given: Sequence[Squares], count: int) -> None:
+    """Every piece was given, and given once."""
+    squares = [pair for each in given for pair in each.squares.items()]
+    assert sorted(squares) == [(number, number**2) for number in range(count)]
+
+
+def workers(folder: Path) -> list[int]:
+    """The processes that have worked."""
+    return [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

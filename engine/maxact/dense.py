@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import google_crc32c
 import numpy as np
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 
 from maxact.catalog import Shard
 from maxact.config import Score, cores
-from maxact.files import sync_file, sync_folder, writing
+from maxact.files import replace_file, writing
 from maxact.partial import BadImage, Partial, Tally
 from maxact.process import show_bytes
 from maxact.tap import Tap, columns
@@ -146,17 +144,12 @@ class Target:
 
     def _write(self, tap: Tap, shard: int, values: NDArray[np.float16]) -> None:
         path = self.path / place(tap.name, self.kind) / file_name(shard)
-        # a name of its own: where a worker was given up but lives, it may be writing the same
-        aside = path.with_name(f".{path.name}.{uuid4().hex}.part")
-        try:
+
+        def put(aside: Path) -> None:
             with open(aside, "wb") as file:
                 file.writelines(encode(values, Grid(self.shard, tap.channels)))
-            sync_file(aside)
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+
+        replace_file(path, put, shared=True)  # with a worker that was given up but lives
         bits = values.view(np.uint16)
         blocks = (bits[first : first + _BLOCK] for first in range(0, len(bits), _BLOCK))
         infinite = sum(np.count_nonzero((block & _UNSIGNED) == _INFINITY) for block in blocks)

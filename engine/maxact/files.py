@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from maxact.errors import MaxactError
 
@@ -23,14 +24,15 @@ def writing(path: str | os.PathLike[str], advice: str = "make room there or choo
         raise MaxactError(f"{path}: cannot be written ({reason}); {advice}") from error
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
     """Puts what `write` writes at `path`: written aside, synced, renamed, the folder synced.
 
     Cut short at any point, the file at `path` is the old one or the new one. Nothing is left aside on an error.
+    `shared`: another process may be writing the same file, so the one aside has a name that no other has.
     """
     if path.name in ("", ".."):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}.{uuid4().hex}.part" if shared else f".{path.name}.part")
     if aside.is_symlink():  # or what is written would land where somebody else wants it
         aside.unlink()
     try:

@@ -157,7 +157,8 @@ class Projecting:
     """The second pass, as a worker does it."""
 
     job: Job
-    patience: float = 0.0
+    patience: float = 0.0  # blocks are handed over one by one
+    merge: None = None
 
     def on(self, run: RunConfig) -> Projecting:
         """The same for one worker."""
@@ -166,10 +167,6 @@ class Projecting:
     def run(self, blocks: Iterator[Block], stop: threading.Event, report: Callable[[Tick], None]) -> Iterator[Result]:
         """See `project.project`."""
         return project_blocks(self.job, blocks, stop, report)
-
-    def merge(self, mine: Result, theirs: Result) -> Result:
-        """Blocks are handed over one by one."""
-        raise NotImplementedError
 
     def look(self) -> None:
         """Raises MaxactError where the images cannot be read from here."""

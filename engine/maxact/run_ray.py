@@ -315,6 +315,7 @@ class _Once:
     function: Callable[[RunConfig], Any]
     own: RunConfig
     patience: float = 0.0
+    merge: None = None
 
     def on(self, run: RunConfig) -> _Once:
         """The same for one worker."""
@@ -329,10 +330,6 @@ class _Once:
                 yield _Answer(self.function(self.own))
             except MaxactError as error:
                 yield _Answer(None, error)
-
-    def merge(self, mine: _Answer, theirs: _Answer) -> _Answer:
-        """There is only one."""
-        raise NotImplementedError
 
     def look(self) -> None:
         """It reads what it reads."""

@@ -64,7 +64,7 @@ class Work(Protocol[I_contra, P]):
 
     @property
     def patience(self) -> float:
-        """Seconds for which a worker merges what it has before it hands it over."""
+        """Seconds for which a worker merges what it has before it hands it over; 0 where it does not."""
 
     def on(self, run: RunConfig) -> Self:
         """The same for one worker, whose device and threads `run` says."""
@@ -72,8 +72,9 @@ class Work(Protocol[I_contra, P]):
     def run(self, items: Iterator[I_contra], stop: threading.Event, report: Callable[[Tick], None]) -> Iterator[P]:
         """What each item gives. `report` is called at least every few seconds, and shows that the worker lives."""
 
-    def merge(self, mine: P, theirs: P) -> P:
-        """The result of both; not called where `patience` is 0."""
+    @property
+    def merge(self) -> Callable[[P, P], P] | None:
+        """What makes one result of two; None where nobody asks for it, since `patience` is 0."""
 
     def look(self) -> None:
         """Raises MaxactError where what it reads cannot be read from this machine."""
@@ -187,10 +188,11 @@ class Worker(Generic[I, P]):
         held: P | None = None
         error = None
         begun = time.monotonic()
+        patience, merge = self._work.patience, self._work.merge
         try:
             for part in self._work.run(self._wanted(), self._stop, self._send):
-                held = part if held is None else self._work.merge(held, part)
-                if time.monotonic() - begun >= self._work.patience and (self._is_free() or not self._work.patience):
+                held = merge(held, part) if held is not None and merge else part
+                if not patience or (time.monotonic() - begun >= patience and self._is_free()):
                     self._send(Given(held))
                     held, begun = None, time.monotonic()
         except MaxactError as failure:
