@@ -23,6 +23,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from torch import nn
 
 import maxact
+from maxact import schedule
 from maxact.preprocess import Preprocess
 from maxact.render.gallery import measure, write_gallery
 from projected import copy_store, damage_thumbs, project
@@ -208,6 +209,31 @@ def test_nothing_projected(finished: maxact.Store, tmp_path: Path) -> None:
     with pytest.raises(maxact.MaxactError, match="nothing of it has been projected; run `maxact project`"):
         write_gallery(finished, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scan_that_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last commit, as a scan of so many images would give it; without pictures."""
+    monkeypatch.setattr(schedule, "COMMIT_SECONDS", 0)
+
+    def stop(progress: maxact.Progress) -> None:
+        if progress.done >= 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(photos, tmp_path / "x", report=stop)
+    unfinished = maxact.open(tmp_path / "x")
+    assert 0 < unfinished.scanned() < 21
+    assert measure(unfinished).sprites == 0
+    write_gallery(unfinished, tmp_path / "out")
+    index = data_of(tmp_path / "out/data/index.js")
+    assert index["images"] == unfinished.scanned()
+    assert ["unfinished", f"{unfinished.scanned()} of 21 images are scanned"] in index["facts"]
+    assert [tap["pictured"] for tap in index["taps"]] == [0, 0, 0]
+    part = data_of(tmp_path / "out/data/bn2-0.js")
+    reference = scan(photos, tmp_path / "y", limit=unfinished.scanned())
+    for channel, winners in enumerate(part["lists"]["max/top"]):
+        keys = [part["images"][image][1] for image, *_ in winners]
+        assert keys == reference["bn2"].top(channel)["key"].to_pylist()
 
 
 def test_nothing_chosen(store: maxact.Store, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def test_a_reader_sees_one_commit_after_the_other(photos: Path, in_memory: Path)
         (count,) = counts
         assert count >= seen[-1]
         seen.append(count)
-        describe(opened)
+        told = describe(opened)
+        assert told["summary"] == f"unfinished: {count} of 21 images, {count} of 21 shards" or opened.manifest.finished
         unfinished += not opened.manifest.finished
         rows = export(store, out)
         assert rows == len(pq.read_table(out)) and rows % 18 == 0

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from maxact.dense import size
 from maxact.errors import MaxactError
+from maxact.partial import Partial
 from maxact.pooled import disk_bytes
 from maxact.store import Store
 
@@ -17,8 +18,8 @@ from maxact.store import Store
 def describe(store: Store) -> dict[str, Any]:
     """How a store was made, what is in it and what went wrong; ready for JSON. An unfinished one shows its last
     commit."""
+    state = store.committed()
     manifest = store.manifest
-    count = manifest.images["count"]
     facts: dict[str, Any] = {
         "store": str(store.path),
         "format": manifest.format,
@@ -32,30 +33,25 @@ def describe(store: Store) -> dict[str, Any]:
     if manifest.finished:
         facts["summary"] = manifest.summary
     else:
-        state = store.state()
-        done = state.shards if state else frozenset()
-        shards = store.catalog.shards(manifest.settings["shard"])
-        images = sum(shard.stop - shard.start for shard in shards if shard.index in done)
-        facts["summary"] = f"unfinished: {images:,} of {count:,} images, {len(done)} of {len(shards)} shards"
+        done, shards = len(state.shards) if state else 0, len(store.catalog.shards(store.shard))
+        count = manifest.images["count"]
+        facts["summary"] = f"unfinished: {store.scanned():,} of {count:,} images, {done} of {shards} shards"
     facts["projected"] = manifest.projected or "not yet (maxact project)"
-    facts["pooled"] = _pooled(store)
+    facts["pooled"] = _pooled(store, state)
     facts["taps"] = _taps(store)
     facts["errors"] = store.errors().to_pylist()
     return facts
 
 
-def _pooled(store: Store) -> dict[str, Any] | str:
+def _pooled(store: Store, state: Partial | None) -> dict[str, Any] | str:
     """Of every image's values: what they are, what they take on the disk, and the share of images that have none."""
     kind = store.manifest.settings["pooled"]
     if not kind:
         return "not kept (maxact scan --pooled)"
-    if store.manifest.finished:
-        summary = store.manifest.summary or {}
-        there, without = summary["images"], summary["images"] - summary["scanned"]
+    there = store.scanned()
+    if summary := store.manifest.summary:
+        without = there - summary["scanned"]
     else:
-        state = store.state()
-        done = state.shards if state else frozenset()
-        there = sum(shard.stop - shard.start for shard in store.catalog.shards(store.shard) if shard.index in done)
         without = len(state.bad) + sum(state.grey.values()) if state else 0
     return {
         "value": kind,

@@ -70,6 +70,7 @@ class Store:
         """Opens the store at `path` for reading. Raises MaxactError where there is none."""
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
+        self._committed: Partial | None = None
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, catalog: Catalog) -> Store:
@@ -116,6 +117,22 @@ class Store:
     def state(self) -> Partial | None:
         """What the last commit wrote; None before the first."""
         return load_state(self.path, self.manifest, len(self.catalog))
+
+    def committed(self) -> Partial | None:
+        """What readers see of an unfinished store: the last commit when it was first asked for, so that all they read
+        belongs together. None before the first commit, and of a finished store, which it may have become by now."""
+        if self._committed is None and not self.manifest.finished:
+            self._committed = self.state()
+            if self._committed is None:
+                self.manifest = read_manifest(self.path)
+        return self._committed
+
+    def scanned(self) -> int:
+        """How many images the scan has done, the bad ones among them: those of the last commit, or all."""
+        state = self.committed()
+        shards = () if self.manifest.finished else self.catalog.shards(self.shard)
+        left = (shard for shard in shards if not state or shard.index not in state.shards)
+        return len(self.catalog) - sum(shard.stop - shard.start for shard in left)
 
     def finish(self, partial: Partial, fields: Mapping[str, Field] | None = None) -> None:
         """Writes the Zarr arrays and errors.parquet from the run's whole result.
@@ -175,10 +192,8 @@ class Store:
         kind = self.manifest.settings["pooled"]
         if not kind:
             raise MaxactError(f"{self.path}: was scanned without --pooled, so it has no value of every image")
-        done = None
-        if not self.manifest.finished:
-            state = self.state()
-            done = state.shards if state else frozenset()
+        state = self.committed()
+        done = None if self.manifest.finished else state.shards if state else frozenset[int]()
         table = self.errors()
         bad = table.filter(pc.not_equal(table["stage"], "project"))["image"].to_numpy()
         found = next(each for each in self.manifest.taps if each.name == tap)
@@ -217,6 +232,7 @@ class Store:
         self.manifest = replace(self.manifest, **changes)
         group.attrs["maxact"] = self.manifest.to_json()
         sync_attributes(self.path)
+        self._committed = None
         self.__dict__.pop("_results", None)
 
     @property
@@ -233,10 +249,10 @@ class Store:
     @cached_property
     def _results(self) -> Callable[[str], TapResults]:
         """Reads one tap: from the arrays of a finished store, from the state of an unfinished one."""
+        state = self.committed()
         places = {tap.name: (tap, start, stop) for tap, start, stop in columns(self.manifest.taps)}
         if self.manifest.finished:
             return lambda name: read_tap(self.path, self.catalog, places[name][0], self.manifest)
-        state = self.state()
         if state is None:
             raise MaxactError(
                 f"{self.path}: nothing is committed yet; wait for the first commit or start the scan again"
@@ -385,9 +401,9 @@ class Store:
 
     def errors(self) -> pa.Table:
         """The bad images so far: image, key, stage, error. Raises MaxactError where they cannot be read."""
+        state = self.committed()
         if self.manifest.finished:
             return read_errors(self.path / "errors.parquet")
-        state = self.state()
         return error_table(state.bad if state else ())
 
 

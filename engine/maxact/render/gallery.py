@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,6 +28,7 @@ from maxact.results import TapResults
 from maxact.store import Store
 from maxact.topk import List
 
+log = logging.getLogger("maxact")
 _PLAIN = 9  # winners that are listed of a channel that was not projected
 _SAMPLE = 16  # sprites that are made to know the size of all
 _LINE, _BOXES = 50, 60  # bytes of data for a winner, and for its boxes
@@ -52,13 +54,13 @@ def measure(store: Store, *, layers: Sequence[str] = (), channels: Sequence[int]
     total = sum(len(rows) for _, (_, rows) in works)
     pixels = sum(len(rows) * math.prod(sprites.sheet.size) for sprites, (_, rows) in works)
     drawn = written = 0
-    for index in np.unique(np.linspace(0, len(works) - 1, _SAMPLE).astype(int)).tolist():
+    for index in np.unique(np.linspace(0, len(works), _SAMPLE, endpoint=False).astype(int))[: len(works)].tolist():
         sprites, (block, rows) = works[index]
         for _, sprite in sprites.draw(sprites.read(block), rows[len(rows) // 2 :][:1]):
             drawn += math.prod(sprite.shape[:2])
             written += len(encode(sprite))
     count = sum(map(len, chosen.values()))
-    ranks = max(sprites.layout.shown for sprites, _ in works)
+    ranks = max((sprites.layout.shown for sprites, _ in works), default=_PLAIN)
     data = count * len(store.manifest.lists()) * ranks * _LINE + total * ranks * _BOXES
     return Need(count, total, round(pixels * written / max(drawn, 1)) + data)
 
@@ -76,13 +78,16 @@ def write_gallery(
 
     layers: the taps to show, by name or layer or as globs; all of them unless told. channels: these of each tap.
     label_names: label as the catalog has it -> words. report: is told sprites done, and all of them. Sprites that are
-    there already and would become the same are left as they are.
+    there already and would become the same are left as they are. Of a scan that goes on it shows the last commit, which
+    has no pictures.
 
-    Raises UsageError where nothing is chosen, MaxactError where nothing of it has been projected, where `out` holds
-    a page that is none of ours, and where it cannot be written.
+    Raises UsageError where nothing is chosen, MaxactError where a finished scan has not been projected, where nothing
+    is committed yet, where `out` holds a page that is none of ours, and where it cannot be written.
     """
     chosen = _choose(store, layers, channels)
     all_sprites = _all_sprites(store, chosen)
+    if not store.manifest.finished:
+        log.warning("%s: the scan goes on; this is its last commit, without pictures (`maxact project`)", store.path)
     index = out / "index.html"
     with writing(out):
         if index.exists() and GENERATOR not in index.read_text(errors="replace"):
@@ -101,7 +106,7 @@ def write_gallery(
         pool.shutdown(cancel_futures=True)
     pages = _pages(store, chosen, names, {(each.tap, each.list): each for each in all_sprites}, label_names or {})
     covered = ((page, _write_cover(out, page)) for page in pages)
-    return write_site(out, _about(store, all_sprites[0].sheet.whole), covered, stamp)
+    return write_site(out, _about(store), covered, stamp)
 
 
 def _choose(store: Store, layers: Sequence[str], channels: Sequence[int] | None) -> dict[str, list[int]]:
@@ -118,13 +123,13 @@ def _choose(store: Store, layers: Sequence[str], channels: Sequence[int] | None)
 
 
 def _all_sprites(store: Store, chosen: Mapping[str, Sequence[int]]) -> list[Sprites]:
-    """Of every list of the chosen taps that has been projected. Raises MaxactError where none has."""
+    """Of every list of the chosen taps that has been projected. Raises MaxactError where none has, though it could."""
     pictures, found = Pictures(store), []
     for tap in chosen:
         for wanted in store.manifest.lists():
             with suppress(MaxactError):  # this list has not been projected
                 found.append(Sprites(store, tap, wanted, pictures))
-    if not any(sprites.work(chosen[sprites.tap]) for sprites in found):
+    if store.manifest.finished and not any(sprites.work(chosen[sprites.tap]) for sprites in found):
         raise MaxactError(f"{store.path}: nothing of it has been projected; run `maxact project` on it first")
     return found
 
@@ -300,13 +305,15 @@ def _telling(page: TapPage, each: ListPage) -> list[tuple[int, int]]:
     return inside + others
 
 
-def _about(store: Store, shape: tuple[int, int]) -> dict[str, Any]:
-    """What the first page says of the whole; `shape` is the model input's."""
+def _about(store: Store) -> dict[str, Any]:
+    """What the first page says of the whole."""
     manifest = store.manifest
     model, settings, summary = manifest.model, manifest.settings, manifest.summary or {}
     pre, projected = manifest.preprocessing, manifest.projected or {}
     input_size = " x ".join(map(str, pre["crop"]))
+    count, scanned = int(manifest.images["count"]), store.scanned()
     facts = [
+        ("unfinished", "" if manifest.finished else f"{scanned:,} of {count:,} images are scanned"),
         ("weights", model.get("weights")),
         ("sha256", model.get("sha256")),
         ("images", manifest.images.get("source")),
@@ -320,7 +327,7 @@ def _about(store: Store, shape: tuple[int, int]) -> dict[str, Any]:
     ]
     return {
         "title": model["name"],
-        "images": int(manifest.images["count"]),
-        "input": shape,
+        "images": scanned,
+        "input": pre["crop"],
         "facts": [(name, str(value)) for name, value in facts if value not in (None, "", 0)],
     }
