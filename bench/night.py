@@ -136,17 +136,17 @@ def main() -> None:
             capture_output=True,
             check=False,
         )
-        settled = [each for each in whole["seen"] if each[0] >= whole["seen"][0][0] + 60]
-        growth = settled[-1][1] - min(memory for _, memory, _ in settled) if settled else float("nan")
-        spread = max(memory for _, memory, _ in settled) - min(memory for _, memory, _ in settled) if settled else 0.0
+        begun = whole["seen"][0][0]
+        settled = [memory for at, memory, images in whole["seen"] if at >= begun + 60 and images < args.count]
+        spread = max(settled) - min(settled) if settled else float("nan")
     rows = [
         ("images", args.count),
         ("channels", args.channels),
         ("seconds", whole["seconds"]),
         ("images a second", args.count / (whole["seconds"] - first["first"])),
         ("memory at the end, MB", whole["seen"][-1][1]),
-        ("growth after the first minute, MB", growth),
-        ("largest less smallest after it, MB", spread),
+        ("largest less smallest from the first minute to the last image, MB", spread),
+        ("peak, MB", whole["peak"]),
         ("share of commits", whole["commits"] / whole["seconds"]),
         ("start to first batch, s", first["first"]),
         *((f"resumed at {at}: start to first batch, s", each.get("first", "over")) for at, each in resumed.items()),

@@ -181,9 +181,25 @@ def test_a_node_goes_and_another_one_comes(
     assert len(seen) == 4  # two, less one, and two more
 
 
+def test_a_worker_runs_on_the_node_that_it_was_sized_for(cluster: Any, run: RunConfig, tmp_path: Path) -> None:
+    """The small ones would fit on the large node, too, and then there would be no room for the large one."""
+    large = cluster.add_node(num_cpus=4, object_store_memory=SMALL)
+    cluster.wait_for_nodes()
+    try:
+        with run_ray.Actors(Toil(tmp_path), replace(run, cpus_per_worker=None)) as actors:
+            wanted = {need.node: need.cpus for need in actors._needs}
+            small_first = sorted(range(len(actors.places)), key=lambda place: actors._needs[place].cpus)
+            contacts = [actors.hire(place) for place in small_first]
+            wait_for(lambda: not actors.wait(0.1) and all(contact.ready for contact in contacts))
+            assert {need.node: need.cpus for need in actors._needs} == wanted
+            assert sorted(wanted.values())[-1] == 4 and len(wanted) == len(contacts) >= 3
+    finally:
+        cluster.remove_node(large)
+
+
 def test_gpus_are_places_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def node(alive: bool = True, **resources: float) -> dict[str, Any]:
-        return {"Alive": alive, "Resources": resources}
+        return {"Alive": alive, "Resources": resources, "NodeID": "a node"}
 
     nodes = [node(CPU=64.0, GPU=8.0), node(False, CPU=64.0, GPU=8.0), node(CPU=6.0), node(CPU=0.0, GPU=1.0), node()]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)

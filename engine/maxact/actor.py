@@ -31,9 +31,10 @@ _PACE = 0.5  # seconds for which ticks wait for company
 
 @dataclass(frozen=True)
 class Where:
-    """What an actor says of itself: its host's name, and the versions of what it has."""
+    """What an actor says of itself: its host's name, the node of the cluster, and the versions of what it has."""
 
     host: str
+    node: str
     versions: dict[str, str]
 
 
@@ -49,11 +50,13 @@ class Actor:
 
     def hello(self) -> Where:
         """Called first: answered when there is room for the actor."""
+        import ray
         import torch
 
         from maxact.provenance import versions
 
-        return Where(socket.gethostname(), versions(torch.device("cpu")))
+        node = ray.get_runtime_context().get_node_id()
+        return Where(socket.gethostname(), node, versions(torch.device("cpu")))
 
     def begin(self, load: NDArray[np.uint8], run: RunConfig, paths: list[str], name: str, look: bool) -> None:
         """Takes the work, pickled: once, before anything else. What goes wrong is said."""

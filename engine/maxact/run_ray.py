@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: an actor for each GPU, or for some CPU cores. Ray is imported only here, when it is needed.
+"""Workers on a Ray cluster: an actor for each GPU, or for some CPU cores. Ray is imported only when it is needed.
 
 The driver has one call of `listen` under way to each actor (`actor.py`), which returns as soon as the worker has said
 something that waits for an answer; orders go by calls that nobody waits for. An actor for which there is no room is
@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -117,10 +118,11 @@ def _address(cluster: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Need:
-    """What a worker takes of a node."""
+    """What a worker takes of a node, and of which one."""
 
     cpus: int
     gpus: int
+    node: str = ""
 
     def __str__(self) -> str:
         return f"{self.gpus} GPU and {self.cpus} CPUs" if self.gpus else f"{self.cpus} CPUs"
@@ -129,9 +131,9 @@ class _Need:
 class _Contact:
     """An actor, as its driver reaches it."""
 
-    def __init__(self, name: str, actor: Any, need: _Need) -> None:
+    def __init__(self, name: str, actor: Any, place: int) -> None:
         self.name, self.ready, self.gone = name, False, False
-        self.actor, self.need = actor, need
+        self.actor, self.place = actor, place
 
     def tell(self, order: Order) -> None:
         """Sends an order."""
@@ -173,11 +175,12 @@ class Actors:
             contact.kill()
 
     def hire(self, place: int) -> _Contact:
-        """Asks for an actor at a place."""
-        need = self._needs[place]
-        kind = _ray().remote(concurrency_groups={"orders": 1})(Actor)
-        actor = kind.options(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=0).remote()
-        contact = _Contact(self.places[place], actor, need)
+        """Asks for an actor at a place: on the node that it was meant for, and elsewhere where that is gone."""
+        ray, need = _ray(), self._needs[place]
+        where = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(need.node, soft=True)
+        kind = ray.remote(concurrency_groups={"orders": 1})(Actor)
+        actor = kind.options(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=0, scheduling_strategy=where).remote()
+        contact = _Contact(self.places[place], actor, place)
         self._asked[actor.hello.remote()] = contact
         return contact
 
@@ -217,12 +220,13 @@ class Actors:
     def _begin(self, contact: _Contact, where: Where) -> None:
         """There is an actor: it gets the work. Raises MaxactError where its versions are not ours."""
         contact.name += f" ({where.host})"
+        need = self._needs[contact.place] = replace(self._needs[contact.place], node=where.node)
         ours = versions(torch.device("cpu"))
         if other := [f"{name} {where.versions.get(name)}, not {ours.get(name)}" for name in _ALIKE
                      if where.versions.get(name) != ours.get(name)]:  # fmt: skip
             raise MaxactError(f"{contact.name}: has {'; '.join(other)}; install the same on every node")
-        device = "cuda:0" if contact.need.gpus else "cpu"  # Ray shows each worker its own GPU alone
-        threads = max(1, contact.need.cpus)
+        device = "cuda:0" if need.gpus else "cpu"  # Ray shows each worker its own GPU alone
+        threads = max(1, need.cpus)
         run = replace(
             self._run,
             cluster=None,
@@ -241,7 +245,7 @@ class Actors:
         if any(contact.ready for contact in self._asked.values()):
             self._manned = now
         elif now - self._manned > self._run.stall:
-            need = next(iter(self._asked.values())).need if self._asked else self._needs[0]
+            need = self._needs[next(iter(self._asked.values())).place if self._asked else 0]
             raise MaxactError(
                 f"cluster: {self._run.cluster} had no room for a worker ({need}) for {self._run.stall:.0f} s; "
                 "`ray status` says who has it; run the same again when there is some"
@@ -250,8 +254,8 @@ class Actors:
             return
         self._glanced = now
         missing = sum(not contact.ready for contact in self._asked.values())
-        if not missing:
-            self._needs += _needs(self._run)[len(self._needs) : self._most]  # nodes that have joined
+        if not missing and self._most is None:  # nodes may have joined
+            self._needs += (Counter(_needs(self._run)) - Counter(self._needs)).elements()
         if missing != self._missing and missing:
             log.info("%d of %d workers are starting, or wait for room in the cluster", missing, len(self._needs))
         self._missing = missing
@@ -268,10 +272,10 @@ def _needs(run: RunConfig) -> list[_Need]:
             continue
         if run.devices == "cuda" and gpus:
             each = run.cpus_per_worker or cpus // gpus
-            found += [_Need(each, 1)] * (min(gpus, cpus // each) if each else gpus)
+            found += [_Need(each, 1, node["NodeID"])] * (min(gpus, cpus // each) if each else gpus)
         elif run.devices == "cpu" and cpus:
             each = run.cpus_per_worker or cpus
-            found += [_Need(each, 0)] * (cpus // each)
+            found += [_Need(each, 0, node["NodeID"])] * (cpus // each)
     return found
 
 
