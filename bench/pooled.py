@@ -23,7 +23,6 @@ from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig, ScanConfig, cores
 from maxact.dense import FOLDER, Grid, size
 from maxact.find import find_taps
-from maxact.loops import repeated
 from maxact.models import load_model
 from maxact.numerics import kept_memory
 from maxact.pooled import create
@@ -42,6 +41,11 @@ COMPRESSORS: dict[str, tuple[bool, tuple[bytes, int, int] | None]] = {
     "zstd 1, bitshuffle": (False, (b"zstd", 1, blosc.BITSHUFFLE)),
     "zstd 1, bitshuffle, by channel": (True, (b"zstd", 1, blosc.BITSHUFFLE)),
 }
+
+
+def repeated(catalog: Catalog, count: int) -> Catalog:
+    """So many images: the same ones again and again."""
+    return catalog.take(np.resize(np.arange(len(catalog)), count))
 
 
 def through(job: Job) -> float:
@@ -106,20 +110,20 @@ def main() -> None:
         batch=32,
         shard=768,
         rounds=3,
-        scanned=192,
+        scanned=512,
         device="cpu",
         out=tempfile.gettempdir(),
     )
     device = torch.device(args.device)
     model = load_model(args.model, weights="DEFAULT" if ":" not in args.model else None)
     settings = ScanConfig(batch=args.batch, shard=args.shard, compile=False, pooled="max").resolve(device)
-    whole = repeated(Catalog.build(photographs(args.images)), args.batch)
+    photos = Catalog.build(photographs(args.images))
     taps, run = find_taps(model).taps, RunConfig(args.device, threads=cores())
     channels = sum(tap.channels for tap in taps)
     details: dict[str, object] = {"model": args.model, "channels": channels}
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory(dir=args.out) as place, kept_memory():
-        catalog = Catalog(whole.table.slice(0, args.shard))
+        catalog = repeated(photos, args.shard)
         job = start(Path(place, "a"), Job(model.network, model.preprocess, taps, catalog, settings, run, device))
         through(job)
         values = values_of(job)
@@ -144,7 +148,7 @@ def main() -> None:
             rows.append((f"count {name} pooled values", f"{len(values) / add:.0f} img/s", ""))
             rows.append((f"close {name} pooled values", f"{len(values) / close:.0f} img/s", f"{mega / close:.0f} MB/s"))
         details["count"] = counted
-        few = replace(job, catalog=Catalog(whole.table.slice(0, args.scanned)), settings=replace(settings, shard=128))
+        few = replace(job, catalog=repeated(photos, args.scanned), settings=replace(settings, shard=args.scanned // 2))
         few = start(Path(place, "b"), few)
         bare = replace(few, settings=replace(few.settings, pooled=None), network=twin(few.network))
         scans = interleaved({"without": lambda: through(bare), "with": lambda: through(few)}, args.rounds)
