@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import maxact
 import several
 from maxact.errors import MaxactError
+from maxact.find import find
+from maxact.models import Normalised
 from maxact.process import Progress
 from maxact.store import Store
+from maxact.taps import Taps
 from stores import contents
 from support import SMALL, THREADS, Place, all_maps, describe, lively, pixels, same
 
@@ -68,6 +72,15 @@ def network(seed: int = 0) -> nn.Module:
 
 def scan(photos: Path, store: Path, chosen: nn.Module | None = None, **settings: Any) -> Store:
     return maxact.scan(chosen or network(), photos, store, **(SETTINGS | settings))
+
+
+def test_normalisations_go_into_the_convolutions_before_them() -> None:
+    """Inductor's own code has no normalisation left, though taps lie behind them."""
+    wrapped = Normalised(network().eval(), SMALL).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.zeros(BATCH, *SMALL.crop, 3, dtype=torch.uint8)
+    with Taps(wrapped, find(wrapped, images).taps, compiled=True) as taps:
+        _, (code,) = run_and_get_code(taps, images)
+    assert "maxact.peaks" in code and "batch_norm" not in code
 
 
 @pytest.fixture(scope="module")

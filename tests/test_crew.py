@@ -7,18 +7,20 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import toil
 from maxact.config import RunConfig
+from maxact.crew import Crew
 from maxact.errors import MaxactError, UsageError
 from maxact.fetch import Unreadable
-from maxact.local import attempts, call
+from maxact.local import Processes, attempts, call
 from maxact.process import Tick
+from stores import wait_for
 from toil import Piece, Squares, Toil, assert_whole, is_alive, workers
 
 PIECES = 12
@@ -138,32 +140,75 @@ def test_workers_that_never_begin_end_the_run(tmp_path: Path) -> None:
         gather(Toil(tmp_path, {0: ("stillborn", 1)}), devices="cpu:1")
 
 
+def test_a_device_that_is_gone_is_given_up_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work, stop, given = Toil(tmp_path, {0: ("gone", 1)}, slow={"cpu": 0.05}), threading.Event(), list[Squares]()
+    with attempts(work, RunConfig("cpu:2"), stop, lambda tick: None) as (attempt, _):
+        for each in attempt(map(Piece, range(4000))):
+            given.append(each)
+            if "given up, the others go on" in caplog.text:
+                stop.set()
+    assert_whole(given, len(given))
+    assert caplog.text.count("the worker died (devices: there is no second one here)") == 3
+
+
+class Absent:
+    """A worker that waits for room in a cluster, for ever."""
+
+    name, ready = "absent", False
+
+    def tell(self, order: object) -> None:
+        raise AssertionError("there is nobody to tell")
+
+    def kill(self) -> None:
+        pass
+
+
+class Half(Processes):
+    """There is room at the first place alone."""
+
+    def hire(self, place: int) -> Any:
+        return Absent() if place else super().hire(place)
+
+
+@pytest.mark.parametrize("fates", [{1: ("killed", 1)}, {0: ("killed", 2), 1: ("killed", 2)}])
+def test_a_worker_that_may_never_come_is_not_counted_on(tmp_path: Path, fates: dict[int, tuple[str, int]]) -> None:
+    """What a worker died of goes to the same place again, where there is no other; and that place is not given up."""
+    with Half(Toil(tmp_path, fates), RunConfig("cpu:2").each()) as hirer:
+        crew = Crew[Piece, Squares](hirer, stop=threading.Event(), report=lambda tick: None, stall=60.0)
+        assert_whole(list(crew.run(map(Piece, range(2)))), 2)
+
+
 def test_what_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
     work = Toil(tmp_path, {0: (threading.Lock(), 1)})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match=r"cannot be sent to other processes .*lock.*"):
         gather(work)
 
 
-def test_workers_end_with_their_driver(tmp_path: Path) -> None:
+AT_WORK = """
+work = Toil(folder, {0: ("silent", 9), 1: ("silent", 9)})
+with attempts(work, RunConfig("cpu:2"), threading.Event(), lambda tick: None) as (attempt, _):
+    list(attempt(map(Piece, range(2))))
+"""
+
+
+@pytest.mark.parametrize(("doing", "count"), [(AT_WORK, 2), ("call('here', 600.0, asleep, folder)", 1)])
+def test_workers_end_with_their_driver(tmp_path: Path, doing: str, count: int) -> None:
     script = f"""
 import sys, threading
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from maxact.config import RunConfig
-from maxact.local import attempts
-from toil import Piece, Toil
-work = Toil(Path({str(tmp_path)!r}), {{0: ("silent", 9), 1: ("silent", 9)}})
-with attempts(work, RunConfig("cpu:2"), threading.Event(), lambda tick: print("at work", flush=True)) as (attempt, _):
-    list(attempt(map(Piece, range(2))))
+from maxact.local import attempts, call
+from toil import Piece, Toil, asleep
+folder = Path({str(tmp_path)!r})
+{doing}
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout is not None
-        assert driver.stdout.readline() and driver.stdout.readline()
-        assert sum(map(is_alive, workers(tmp_path))) == 2
+    with subprocess.Popen([sys.executable, "-c", script]) as driver:
+        wait_for(lambda: sum(map(is_alive, workers(tmp_path))) == count)
         driver.kill()
-    deadline = time.monotonic() + 30
-    while any(map(is_alive, workers(tmp_path))) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: not any(map(is_alive, workers(tmp_path))), 30)
 
 
 def test_a_call_gives_what_the_function_gives_or_raises() -> None:

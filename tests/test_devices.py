@@ -223,3 +223,35 @@ assert stores[0]["conv"].top(0).equals(stores[1]["conv"].top(0))
 def no_process_stays() -> Iterator[None]:
     yield
     assert not children()
+
+
+def test_an_interrupt_while_workers_start_is_quiet(photos: Path, tmp_path: Path) -> None:
+    """It goes to all processes of the terminal, as Ctrl-C does; they are importing what they need."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import maxact
+from maxact.process import Interrupted
+try:
+    maxact.scan("tiny:slow", {str(photos)!r}, {str(tmp_path / "x")!r}, devices="cpu:2")
+except Interrupted as error:
+    print(error)
+"""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with driver:
+        children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children")
+
+        def import_torch() -> bool:
+            pids = children.read_text().split()
+            return len(pids) == 2 and all("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+
+        wait_for(import_torch)
+        os.killpg(driver.pid, signal.SIGINT)
+        out, err = driver.communicate(timeout=60)
+    assert out.startswith("stopped by SIGINT") and err == ""

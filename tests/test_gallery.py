@@ -236,6 +236,13 @@ def test_a_scan_that_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.M
         assert keys == reference["bn2"].top(channel)["key"].to_pylist()
 
 
+def test_pictures_of_the_lists_before_are_not_shown(store: maxact.Store) -> None:
+    """A finished scan that goes on again has other lists."""
+    store.reopen()
+    with pytest.raises(maxact.MaxactError, match="bn2/max/top has not been projected"):
+        store.winners("bn2")
+
+
 def test_nothing_chosen(store: maxact.Store, tmp_path: Path) -> None:
     with pytest.raises(maxact.UsageError, match=r"channels \[99\]"):
         write_gallery(store, tmp_path / "out", channels=[99])

@@ -200,6 +200,16 @@ def test_states_that_cannot_be(unfinished: Path, photos: Path, tmp_path: Path, n
         assert again is not None and state.name in again
 
 
+def test_notes_without_a_bottom(unfinished: Path, tmp_path: Path) -> None:
+    place = copied(unfinished, tmp_path / "x")
+    (state,) = (place / "run").glob("state-*")
+    arrays = safetensors.numpy.load_file(state)
+    arrays["notes"] = np.frombuffer(b"[" * 200_000, np.uint8)
+    safetensors.numpy.save_file(arrays, state)
+    said = refusal(lambda: read(place))
+    assert said is not None and "not a state of a run" in said
+
+
 def test_a_state_that_leads_nowhere(unfinished: Path, tmp_path: Path) -> None:
     place = copied(unfinished, tmp_path / "x")
     (place / "run" / "state-99").symlink_to(tmp_path / "nowhere")

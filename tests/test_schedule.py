@@ -122,6 +122,27 @@ def test_commits_are_some_time_apart(store: Store, monkeypatch: pytest.MonkeyPat
     assert commits == [5, 1, 2, 3, 4, 5]  # nothing is written twice
 
 
+def test_what_is_finished_is_committed_though_the_next_shard_takes_long(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "COMMIT_SECONDS", 0.2)
+    plan, seen = Schedule(store), []
+
+    def scan(shards: Iterator[Shard]) -> Iterator[Partial]:
+        yield give(next(shards))
+        second = next(shards)
+        for _ in range(2):
+            state = store.state()
+            seen.append(state.shards if state else None)
+            time.sleep(0.3)
+            plan.note(Tick(second.index, False, 1, (), 0, 0.0))
+        yield give(second)
+        yield from map(give, shards)
+
+    plan.run(scan)
+    assert seen == [None, {0}]
+
+
 def test_stop_ends_it_between_shards(store: Store) -> None:
     plan = Schedule(store)
 

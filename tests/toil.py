@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from maxact.config import RunConfig
-from maxact.errors import MaxactError, OutOfMemory
+from maxact.errors import MaxactError, OutOfMemory, UsageError
 from maxact.fetch import Unreadable
 from maxact.process import Tick
 
@@ -54,6 +54,11 @@ class Toil:
         (self.folder / f"pid-{os.getpid()}").touch()
         if 0 in self.fates and self.fates[0][0] == "stillborn":
             raise ValueError("no such device")
+        if 0 in self.fates and self.fates[0][0] == "gone":
+            try:
+                (self.folder / "the only one").touch(exist_ok=False)
+            except FileExistsError:
+                raise UsageError("devices: there is no second one here") from None
         return replace(self, device=run.devices)
 
     def run(self, items: Iterator[Piece], stop: threading.Event, report: object) -> Iterator[Squares]:
@@ -97,6 +102,11 @@ def power(base: int, exponent: int) -> int:
 
 def unreadable() -> None:
     raise Unreadable("the disk is gone")
+
+
+def asleep(folder: Path) -> None:
+    (folder / f"pid-{os.getpid()}").touch()
+    time.sleep(3600)
 
 
 def killed() -> None:

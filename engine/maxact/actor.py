@@ -58,8 +58,9 @@ class Actor:
         node = ray.get_runtime_context().get_node_id()
         return Where(socket.gethostname(), node, versions(torch.device("cpu")))
 
-    def begin(self, load: NDArray[np.uint8], run: RunConfig, paths: list[str], name: str, look: bool) -> None:
-        """Takes the work, pickled: once, before anything else. What goes wrong is said."""
+    def begin(self, load: NDArray[np.uint8], run: RunConfig, paths: list[str], name: str, first: bool) -> None:
+        """Takes the work, pickled: once, before anything else. What goes wrong is said: it ends the run where nothing
+        has been done yet (`first`), and later this worker."""
         from maxact.worker import Done, Gone, Telling, Work, Worker, describe
 
         sys.path += [path for path in paths if path not in sys.path]
@@ -68,11 +69,10 @@ class Actor:
         log.addHandler(Telling(self._send))
         try:
             work: Work[Any, Any] = pickle.loads(load.data)
-            if look:
-                work.look()
+            work.look()
             self._worker = Worker(work.on(run), self._send, self._free.is_set)
         except MaxactError as error:
-            self._send(Done(MaxactError(f"{name}: {error}")))
+            self._send(Done(MaxactError(f"{name}: {error}")) if first else Gone(str(error)))
         except Exception as error:
             self._send(Gone(describe(error)))
         else:

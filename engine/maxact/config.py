@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,6 +246,11 @@ def parse_devices(words: str) -> tuple[torch.device, ...]:
     if len(set(cuda)) < len(cuda):
         raise UsageError(f"devices: expected each CUDA device once, got {words!r}")
     return tuple(found)
+
+
+def items(value: str | Sequence[str]) -> tuple[str, ...]:
+    """What may be given as one text or as several: text is one item; what comes twice counts once."""
+    return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
 
 
 def cores() -> int:

@@ -20,7 +20,7 @@ from maxact.worker import Begin, Done, Give, Given, Gone, I, Message, Order, P, 
 
 DEATHS = 3  # of workers at one item, after which it is left aside
 GRACE = 60.0  # seconds in which a worker ends after it was told to
-STARTING = 3  # times as long a worker may be silent before its first word
+STARTING = 3  # times as long a worker may be silent before its first batch
 _LOOK = 0.5  # seconds from one look at the clock, and at `stop`, to the next
 
 log = logging.getLogger("maxact")
@@ -67,7 +67,7 @@ class _Member(Generic[I]):
     silent: float = 0.0  # seconds in which the driver has listened and it has said nothing
     items: dict[int, I] = field(default_factory=dict)  # that it has, by their numbers
     busy: bool = False
-    known: bool = False  # it has said something: until then it starts, which takes longer
+    known: bool = False  # a batch of it is through: until then it starts, and may compile, which takes longer
     deaths: int = 0  # of workers at its place, since something came from there
     retired: bool = False
 
@@ -136,7 +136,7 @@ class Crew(Generic[I, P]):
         """Wakes those that have nothing to do, as far as there is something."""
         if self._is_ending():
             return
-        idle = [member for member in self._members if not member.busy and not member.retired and member.contact.ready]
+        idle = [member for member in self._members if not member.busy and self._is_at_work(member)]
         able = [member for member in idle if self._candidate(member) is not None]
         for member in able[: len(self._left)]:
             member.busy, member.silent = True, 0.0
@@ -146,7 +146,8 @@ class Crew(Generic[I, P]):
         return self._stop.is_set() or self._failure is not None
 
     def _hear(self, member: _Member[I], message: Message) -> Iterator[P]:
-        member.silent, member.known = 0.0, True
+        member.silent = 0.0
+        member.known |= isinstance(message, Tick | Given)
         hand = self._hands[member.place]
         hand.name = member.contact.name  # which knows by now where it is
         match message:
@@ -190,12 +191,17 @@ class Crew(Generic[I, P]):
         fresh = next((item for item in self._left if item.index not in self._deaths), None)
         if fresh is not None or member.items:
             return fresh
-        places = {each.place for each in self._members if not each.retired}
+        places = {each.place for each in self._members if self._is_at_work(each)}
         for item in self._left:
             died = self._deaths[item.index]
             if member.place not in died or places <= {*died}:
                 return item
         return None
+
+    @staticmethod
+    def _is_at_work(member: _Member[I]) -> bool:
+        """Whether one can count on it. What waits for room in a cluster may never come."""
+        return member.contact.ready and not member.retired
 
     def _look(self) -> None:
         """Passes a stop on, and ends workers that are silent."""
@@ -239,7 +245,7 @@ class Crew(Generic[I, P]):
         if self._in_a_row > DEATHS * len(self._members):
             raise MaxactError(f"{name}: {self._in_a_row} workers died one after the other, the last one: {reason}")
         member.deaths += 1
-        if member.deaths >= DEATHS and any(not each.retired for each in self._members if each is not member):
+        if member.deaths >= DEATHS and any(self._is_at_work(each) for each in self._members if each is not member):
             log.warning("%s: given up, the others go on", name)
             member.retired = True
             self._hands[member.place].state = "given up"

@@ -30,7 +30,9 @@ from maxact.worker import Done, Given, Gone, I, Message, P, Said, Work, answer, 
 
 T = TypeVar("T")
 _ENDING = 5.0  # seconds for a process to end after its connection was closed
-_CODE = (
+_LOOK = 0.5  # seconds
+_CODE = (  # signals are sent to a whole group of processes: the driver says what to do
+    "import signal; [signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)]; "
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from maxact import environment; environment.prepare(); "
     "from maxact import worker; worker.main({}, {})"
 )
@@ -188,13 +190,17 @@ def call(name: str, seconds: float, function: Callable[..., T], *arguments: Any)
     inbox: SimpleQueue[tuple[_Process, Message | None]] = SimpleQueue()
     process = _Process(name, load, inbox)
     try:
+        silent = 0.0  # seconds in which this process has listened
         while True:
             try:
-                _, message = inbox.get(timeout=seconds)
+                _, message = inbox.get(timeout=_LOOK)
             except Empty:
-                raise MaxactError(
-                    f"{name}: no answer for {seconds:.0f} s (--stall says how long it may take)"
-                ) from None
+                silent += _LOOK
+                if silent > seconds:
+                    words = f"no answer for {seconds:.0f} s (--stall says how long it may take)"
+                    raise MaxactError(f"{name}: {words}") from None
+                continue
+            silent = 0.0
             match message:
                 case Said(level, text):
                     log.log(level, "%s", text)

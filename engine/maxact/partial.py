@@ -32,6 +32,16 @@ from maxact_kernels.peaks import Peaks
 
 Node = tuple[int, int]  # level, index
 HELD = 64  # shards with bad images that can be scanned again
+# what reading a damaged file of ours may raise
+DAMAGED = (
+    OSError,
+    safetensors.SafetensorError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,7 @@ class Partial:
             )
         except FileNotFoundError:
             raise
-        except (OSError, safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
+        except DAMAGED as error:
             raise MaxactError(f"{path}: not a state of a run ({error})") from error
 
 

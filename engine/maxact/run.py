@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from maxact.catalog import is_dataset
-from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score
+from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score, items
 from maxact.decode import choose_decoder
 from maxact.errors import MaxactError, UsageError
 from maxact.fields import of_taps
@@ -182,12 +182,12 @@ def _scan_on(
     **given: Any,
 ) -> list[Store]:
     weights = given.pop("weights")
-    labels = _items(given.pop("where"))
+    labels = items(given.pop("where"))
     sample, seed, limit = (given.pop(name) for name in ("sample", "seed", "limit"))
     source = Source(images, labels, sample, seed, limit)
     wanted = ScanConfig(
-        layers=_items(given.pop("layers")),
-        scores=cast(tuple[Score, ...], _items(given.pop("score"))),
+        layers=items(given.pop("layers")),
+        scores=cast(tuple[Score, ...], items(given.pop("score"))),
         **{
             name: given.pop(name)
             for name in ("at", "top", "bottom", "precision", "batch", "shard", "decoder", "max_megapixels", "pooled")
@@ -215,11 +215,6 @@ def _scan_on(
         opened = start(starts, source, catalog, run, device)
         _run([(store, job) for store, job in opened if not _is_done(store, job)], run, report)
         return [store for store, _ in opened]
-
-
-def _items(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Text is one item; what comes twice counts once."""
-    return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
 
 
 def _is_done(store: Store, job: Job) -> bool:

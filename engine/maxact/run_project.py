@@ -22,7 +22,7 @@ from maxact import schedule, thumbs
 from maxact.blocks import plan
 from maxact.catalog import Catalog, is_dataset
 from maxact.choose import choose_channels
-from maxact.config import MOST_AT_ONCE, Crop, Method, ProjectConfig, RunConfig, ScanConfig, Seed
+from maxact.config import MOST_AT_ONCE, Crop, Method, ProjectConfig, RunConfig, ScanConfig, Seed, items
 from maxact.errors import MaxactError, UsageError
 from maxact.fetch import Unreadable, is_unread, look
 from maxact.field import Field
@@ -103,13 +103,13 @@ def project(
     opened = store if isinstance(store, Store) else Store(store)
     if batch is not None and not 1 <= batch <= MOST_AT_ONCE:
         raise UsageError(f"batch: expected 1 to {MOST_AT_ONCE:,}, got {batch}")
-    wanted = ProjectConfig(ranks, cast(tuple[Method, ...], _items(method)), seed, crop, max_size, settle)
+    wanted = ProjectConfig(ranks, cast(tuple[Method, ...], items(method)), seed, crop, max_size, settle)
     asked = RunConfig(devices, threads, readers, stall=stall, cluster=cluster, cpus_per_worker=cpus_per_worker)
     if not opened.manifest.finished:
         raise MaxactError(f"{opened.path}: the scan is not finished; run `maxact scan` again first")
     if images is not None and (source := describe_source(images)) != opened.manifest.images["source"]:
         raise UsageError(f"images: expected what was scanned ({opened.manifest.images['source']}), got {source}")
-    chosen = choose_channels(opened, _items(layers), channels)
+    chosen = choose_channels(opened, items(layers), channels)
     model = scanned_model(opened, network, weights)
     with (
         joined(asked) as run,
@@ -123,11 +123,6 @@ def project(
         pass_.open(overwrite)
         pass_.run(target)
     return Store(opened.path)
-
-
-def _items(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Text is one item; what comes twice counts once."""
-    return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
 
 
 def scanned_model(store: Store, network: nn.Module | str | None, weights: str | os.PathLike[str] | None) -> Model:

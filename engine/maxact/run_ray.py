@@ -35,6 +35,8 @@ from maxact.worker import Given, Gone, Message, Order, Work, pickled
 
 T = TypeVar("T")
 _ANSWER = 5.0  # seconds in which a cluster has to answer
+_WAIT = 1.0  # seconds, at most, from one time of listening to the next
+_TAKEN = 4  # calls whose results are taken in at a time: they may be large
 _GLANCE = 10.0  # seconds from one look at the cluster's nodes to the next
 _ALIKE = ("maxact", "torch", "torchvision", "nvidia-dali-cuda130")  # versions that decide what comes out
 
@@ -84,7 +86,7 @@ def _connect(cluster: str) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())
         raise MaxactError(
             f"cluster: {address or cluster} cannot be joined ({reason}); see that the versions of Ray and Python are "
@@ -157,8 +159,9 @@ class Actors:
             raise MaxactError(f"cluster: {run.cluster} has no node with {_Need(run.cpus_per_worker or 1, 0)}")
         self._asked: dict[Any, _Contact] = {}  # what is being waited for, by what it is
         self._heard: list[_Contact] = []
-        self._fresh = True  # nothing has been handed over yet
-        self._manned = self._glanced = time.monotonic()
+        self._first = True  # nothing has been handed over yet
+        self._looked = self._glanced = time.monotonic()
+        self._unmanned = 0.0  # seconds of listening in which there was no worker
         self._missing = 0
 
     @property
@@ -200,7 +203,7 @@ class Actors:
         ready, _ = ray.wait(refs, timeout=seconds)
         if ready:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        return [said for ref in ready for said in self._receive(ref)]
+        return [said for ref in ready[:_TAKEN] for said in self._receive(ref)]
 
     def _receive(self, ref: Any) -> list[tuple[_Contact, Message]]:
         contact = self._asked.pop(ref)
@@ -214,7 +217,7 @@ class Actors:
             return []
         head, buffers = given
         messages = pickle.loads(head, buffers=[bytearray(buffer) for buffer in buffers])
-        self._fresh &= not any(isinstance(message, Given) for message in messages)
+        self._first &= not any(isinstance(message, Given) for message in messages)
         return [(contact, message) for message in messages]
 
     def _begin(self, contact: _Contact, where: Where) -> None:
@@ -236,15 +239,15 @@ class Actors:
             decode_threads=self._run.decode_threads or threads,
         )
         paths = [path for path in sys.path if isinstance(path, str)]
-        contact.actor.begin.options(num_returns=0).remote(self._load, run, paths, contact.name, self._fresh)
+        contact.actor.begin.options(num_returns=0).remote(self._load, run, paths, contact.name, self._first)
         contact.ready = True
 
     def _glance(self) -> None:
         """Looks for room. Raises MaxactError where for long there has been none for anyone."""
         now = time.monotonic()
-        if any(contact.ready for contact in self._asked.values()):
-            self._manned = now
-        elif now - self._manned > self._run.stall:
+        passed, self._looked = min(now - self._looked, _WAIT), now  # not the time in which this process did not run
+        self._unmanned = 0.0 if any(contact.ready for contact in self._asked.values()) else self._unmanned + passed
+        if self._unmanned > self._run.stall:
             need = self._needs[next(iter(self._asked.values())).place if self._asked else 0]
             raise MaxactError(
                 f"cluster: {self._run.cluster} had no room for a worker ({need}) for {self._run.stall:.0f} s; "

@@ -179,9 +179,11 @@ class Schedule(Generic[P]):
     def note(self, tick: Tick) -> None:
         """Counts bad images as they come, and stops the run where there are too many.
 
-        Those that cannot be read wait for the end of their shard: where the storage is gone, it never comes.
+        Those that cannot be read wait for the end of their shard: where the storage is gone, it never comes. What is
+        finished is committed in time, though no other shard may be finished for long.
         """
         self._count_bad(bad for bad in tick.bad if bad.stage != "read")
+        self._commit_in_time()
 
     def _count_bad(self, bad: Iterable[BadImage]) -> None:
         self._bad |= {image.image: image for image in bad}
@@ -207,6 +209,9 @@ class Schedule(Generic[P]):
         self._count_bad(partial.bad)
         self._result = partial if self._result is None else self._result.merge(partial)
         self._uncommitted = True
+        self._commit_in_time()
+
+    def _commit_in_time(self) -> None:
         if time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.commit()
 

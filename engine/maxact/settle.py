@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from maxact.catalog import Shard
 from maxact.errors import MaxactError
-from maxact.partial import BadImage
+from maxact.partial import DAMAGED, BadImage
 from maxact.results import Peaks
 from maxact.sound import expect
 from maxact.topk import List
@@ -95,7 +95,7 @@ class Exact:
                 expect(array.dtype == (np.float32 if part == "score" else np.int32) and array.ndim == 2, name)
                 parts[part][score, end] = array  # type: ignore[index]
             bad = tuple(BadImage.from_json(each) for each in notes["bad"])
-        except (OSError, safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
+        except DAMAGED as error:
             raise MaxactError(f"{path}: is damaged ({error}); delete it and project again") from error
         return cls(shards, parts["score"], parts["position"], bad) if notes["about"] == about else None  # type: ignore[arg-type]
 
@@ -106,15 +106,7 @@ class Exact:
             with safetensors.safe_open(path, "numpy") as file:
                 about = json.loads(file.get_tensor("notes").tobytes())["about"]
                 return about if isinstance(about, str) else None
-        except (
-            OSError,
-            safetensors.SafetensorError,
-            LookupError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ):
+        except DAMAGED:
             return None
 
 

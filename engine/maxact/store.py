@@ -70,7 +70,7 @@ class Store:
         """Opens the store at `path` for reading. Raises MaxactError where there is none."""
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self._committed: Partial | None = None
+        self._committed: tuple[Partial | None] | None = None  # what `committed` gives
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, catalog: Catalog) -> Store:
@@ -113,6 +113,7 @@ class Store:
     def commit(self, partial: Partial) -> None:
         """Makes `partial` the state of the run: after this it survives anything; before, the last one does."""
         save_state(self.path, partial, _ADVICE)
+        self._committed = None
 
     def state(self) -> Partial | None:
         """What the last commit wrote; None before the first."""
@@ -121,11 +122,13 @@ class Store:
     def committed(self) -> Partial | None:
         """What readers see of an unfinished store: the last commit when it was first asked for, so that all they read
         belongs together. None before the first commit, and of a finished store, which it may have become by now."""
-        if self._committed is None and not self.manifest.finished:
-            self._committed = self.state()
-            if self._committed is None:
+        if self.manifest.finished:
+            return None
+        if self._committed is None:
+            self._committed = (self.state(),)
+            if self._committed == (None,):
                 self.manifest = read_manifest(self.path)
-        return self._committed
+        return self._committed[0]
 
     def scanned(self) -> int:
         """How many images the scan has done, the bad ones among them: those of the last commit, or all."""
@@ -319,10 +322,13 @@ class Store:
     def winners(self, tap: str, score: str = "max", end: str = "top") -> Winners:
         """What the second pass kept of one list. Raises MaxactError where it has not run on it."""
         place = f"{tap}/{score}/{end}"
+        missing = MaxactError(f"{self.path}: {place} has not been projected; run `maxact project` on it")
+        if not self.manifest.finished:  # what is there is of the lists before
+            raise missing
         try:
             return Winners(open_group(self.path, place))
         except DAMAGE as error:
-            raise MaxactError(f"{self.path}: {place} has not been projected; run `maxact project` on it") from error
+            raise missing from error
 
     def start_winners(self, tap: str, score: str, end: str, layout: Layout) -> Winners:
         """The arrays of one list, for writing; started where they are not there."""

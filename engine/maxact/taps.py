@@ -78,8 +78,7 @@ class Taps:
         if self._compiled:  # after the hooks are there: later ones would not be in the graph
             # every network is one more graph of the same code, of which there may be any number
             self._resources.enter_context(torch._dynamo.config.patch(recompile_limit=_GRAPHS))
-            device = next(self._tapped.buffers()).device
-            self._run = compile_for(self._tapped, device)
+            self._run = compile_for(self._tapped, next(self._tapped.buffers()).device)
         return self
 
     def __exit__(
@@ -170,8 +169,16 @@ class _Tapped(nn.Module):
         return record
 
 
-def compile_for(network: nn.Module, device: torch.device) -> Any:
-    """A network as one graph of torch.compile, for batches of one size. On a CPU Inductor may treat weights as
-    constants, and take normalisations into the convolutions before them."""
-    options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
-    return torch.compile(network, fullgraph=True, dynamic=False, options=options)
+def compile_for(network: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A network as one graph of torch.compile, for batches of one size. On a CPU weights are constants to Inductor,
+    which takes normalisations into the convolutions before them and lays weights out for the processor."""
+    run: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network, fullgraph=True, dynamic=False)
+    if device.type != "cpu":
+        return run
+
+    def frozen(images: torch.Tensor) -> torch.Tensor:
+        # as an option of torch.compile it would come too late: Dynamo has made weights inputs of the graph by then
+        with torch._inductor.config.patch(freezing=True):
+            return run(images)
+
+    return frozen

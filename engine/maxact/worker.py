@@ -12,7 +12,6 @@ import logging
 import mmap
 import os
 import pickle
-import signal
 import socket
 import threading
 import time
@@ -33,7 +32,6 @@ from maxact.process import Tick
 from maxact.wire import Wire
 
 _PULSE = 5.0  # seconds
-_ENDING = 60.0
 
 log = logging.getLogger("maxact")
 
@@ -297,9 +295,8 @@ def serve(work: Work[Any, Any], wire: Wire) -> None:
         worker.serve()
     except EOFError:
         os._exit(1)
-    except MaxactError as error:  # nothing that another worker would do better
-        outbox.send(Done(error))
-        time.sleep(_ENDING)  # until the driver ends it
+    except MaxactError as error:  # its device, which was there when the driver looked
+        outbox.send(Gone(str(error)))
     except Exception as error:
         traceback.print_exc()
         outbox.send(Gone(describe(error)))
@@ -308,7 +305,15 @@ def serve(work: Work[Any, Any], wire: Wire) -> None:
 
 
 def answer(function: Callable[..., Any], arguments: tuple[Any, ...], wire: Wire) -> None:
-    """Sends what a function gives, or the MaxactError that it raises, and ends this process."""
+    """Sends what a function gives, or the MaxactError that it raises, and ends this process; earlier where the driver
+    ends."""
+
+    def listen() -> None:
+        with suppress(EOFError, OSError):
+            wire.receive()
+        os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
     log.setLevel(logging.INFO)
     log.addHandler(Telling(wire.send))
     try:
@@ -323,8 +328,6 @@ def answer(function: Callable[..., Any], arguments: tuple[Any, ...], wire: Wire)
 
 def main(end: int, load: int) -> None:
     """A worker process: file descriptors of the socket to the driver, and of the pickled function of its wire."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes: the driver says what to do
-        signal.signal(number, signal.SIG_IGN)
     wire = Wire(socket.socket(fileno=end))
     try:
         with mmap.mmap(load, 0, access=mmap.ACCESS_READ) as packed:
