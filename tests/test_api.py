@@ -78,7 +78,7 @@ def test_a_dataset(tmp_path: Path) -> None:
         assert torch.equal(store.input(number, dataset), image)
         assert (store.input(number, dataset) - theirs(dataset[number])).abs().max() < 0.01
     assert store.catalog.table["key"].to_pylist() == [f"item/{number}" for number in range(6)]
-    with pytest.raises(maxact.MaxactError, match="item/2 is an item of a Dataset: give it as images again"):
+    with pytest.raises(maxact.MaxactError, match="item/2 is an item of a Dataset: give that again"):
         store.input(2)
 
 

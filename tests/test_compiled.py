@@ -83,6 +83,21 @@ def test_normalisations_go_into_the_convolutions_before_them() -> None:
     assert "maxact.peaks" in code and "batch_norm" not in code
 
 
+def test_weights_that_changed_between_two_scans_count(photos: Path, tmp_path: Path) -> None:
+    """They are constants to a compiled network, and in place a module's weights stay the same tensors."""
+    chosen = network()
+    scan(photos, tmp_path / "a", chosen, compile=True)
+    with torch.no_grad():
+        for weight in chosen.parameters():
+            weight.mul_(1.5)
+        chosen.get_buffer("bn1.running_mean").add_(0.5)
+    again = scan(photos, tmp_path / "b", chosen, compile=True)
+    wanted = scan(photos, tmp_path / "c", copy.deepcopy(chosen))
+    for name in again:
+        for each, other in zip(again[name].lists.values(), wanted[name].lists.values(), strict=True):
+            np.testing.assert_allclose(each.score, other.score, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def compiled(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return scan(photos, tmp_path_factory.mktemp("compiled") / "x", compile=True)

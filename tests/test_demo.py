@@ -59,7 +59,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(MaxactError) as caught:
         demo.write_tiles(tmp_path / "file" / "tiles")
     assert str(caught.value) == (
-        f"{tmp_path}/file/tiles: cannot be written (Not a directory); make room there or choose another place"
+        f"{tmp_path}/file/tiles: cannot be written (Not a directory); make its folder first, or choose another place"
     )
 
 

@@ -26,6 +26,7 @@ import maxact
 from maxact import schedule
 from maxact.preprocess import Preprocess
 from maxact.render.gallery import measure, write_gallery
+from maxact.render.sprites import Pictures, Sprites
 from projected import copy_store, damage_thumbs, project
 from stores import scan
 from support import write_photographs
@@ -195,6 +196,14 @@ def test_cut_short_it_goes_on(store: maxact.Store, tmp_path: Path) -> None:
     write_gallery(store, tmp_path / "out")
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
     assert len(list((tmp_path / "out/img/bn2/max-top").glob("*.webp"))) == 7
+
+
+def test_channels_that_are_projected_meanwhile_come_next_time(store: maxact.Store) -> None:
+    sprites = Sprites(store, "bn1", ("max", "top"), Pictures(store))
+    before = sprites.boxes()
+    project(store, "bn1", channels=range(6))
+    assert Sprites(store, "bn1", ("max", "top"), Pictures(store)).projected.sum() > 4
+    np.testing.assert_array_equal(sprites.boxes(), before)
 
 
 def test_the_size_is_said_before(store: maxact.Store, tmp_path: Path) -> None:
@@ -430,7 +439,9 @@ def test_channels_without_pictures_say_so(page: Page) -> None:
     page.open()
     page.all(".tap")[0].click()
     page.wait(lambda: page.all(".card"))
-    assert len(page.all(".card img")) == 3
+    assert len(page.all(".card img")) == len(page.all(".card")) == 3
+    Select(page.all("select[name=show]")[0]).select_by_value("all")
+    page.wait(lambda: len(page.all(".card")) == 5)
     assert page.texts(".card .pic.none") == ["not projected"] * 2
     page.all(".card")[4].click()
     page.wait(lambda: page.all(".statistics"))
@@ -481,9 +492,9 @@ def test_more_channels_come_until_the_page_is_full(browser: webdriver.Chrome, tm
     store = copy_store(scan(tmp_path / "photos", tmp_path / "scanned.zarr", network), tmp_path / "store.zarr")
     project(store, "0", channels=[0])
     page = Page(browser, write_gallery(store, tmp_path / "out").as_uri())
-    page.open("#/tap/0", height=9000)
+    page.open("#/tap/0?show=all", height=9000)
     page.wait(lambda: len(page.all(".card")) == 300 and not page.all(".more")[0].is_displayed())
-    page.open("#/tap/0")
+    page.open("#/tap/0?show=all")
     assert len(page.all(".card")) < 300, "not before they are near"
 
 

@@ -108,7 +108,7 @@ def test_pictures_of_a_dataset() -> None:
     catalog = Catalog(Catalog.build(pictures).table)
     with (
         Inputs(catalog, SMALL, decoder="torchvision", max_pixels=10**8) as source,
-        pytest.raises(MaxactError, match="item/1 is an item of a Dataset: give it as images again"),
+        pytest.raises(MaxactError, match="item/1 is an item of a Dataset: give that again"),
     ):
         source.get([1])
 

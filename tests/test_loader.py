@@ -557,7 +557,7 @@ def test_a_catalog_without_its_dataset_is_the_callers_mistake() -> None:
     with (
         closing(decoder),
         closing(load(catalog, iter(catalog.shards(9)), [decoder], batch=4, readers=2)) as batches,
-        pytest.raises(MaxactError, match="give it as images again"),
+        pytest.raises(MaxactError, match="give that again"),
     ):
         next(batches)
 

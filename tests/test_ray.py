@@ -121,6 +121,27 @@ def test_a_killed_driver_costs_what_was_in_flight(cluster: Any, run: RunConfig, 
     assert_same(store, scan(tmp_path / "photos", tmp_path / "alone", network="tiny:slow").path)
 
 
+def test_a_head_that_goes_ends_the_run_with_a_line(tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    write_photographs(tmp_path / "photos", 600)  # more than are scanned until somebody looks at the head again
+    made, store = Cluster(), tmp_path / "x"
+    try:
+        head = made.add_node(num_cpus=0, object_store_memory=SMALL, include_dashboard=False)
+        made.add_node(num_cpus=1, object_store_memory=SMALL)
+        arguments = ("scan", "tiny:slow", tmp_path / "photos", store, *ARGUMENTS)
+        address = made.address
+        child = command(*arguments, "--cluster", address, "--cpus-per-worker", "1")
+        wait_for(lambda: committed(store))
+        made.remove_node(head, allow_graceful=False)
+        assert child.wait() == 1
+    finally:
+        made.shutdown()
+    assert f"cluster: its head at {address} is gone; run the same again when it is back" in child.err
+    assert "Traceback" not in child.err
+    assert committed(store) and not Store(store).manifest.finished
+
+
 def committed(store: Path) -> set[int]:
     state = Store(store).state() if Store.exists(store) else None
     return set(state.shards) if state else set()

@@ -229,7 +229,7 @@ def test_places_that_cannot_be_written(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(MaxactError) as caught:
         scan(photos, tmp_path / "file" / "x")
     assert str(caught.value) == (
-        f"{tmp_path}/file/x: cannot be written (Not a directory); make room there or choose another place"
+        f"{tmp_path}/file/x: cannot be written (Not a directory); make its folder first, or choose another place"
     )
     with pytest.raises(MaxactError, match=r"^/proc/x/y: cannot be written \("):
         scan(photos, Path("/proc/x/y"))

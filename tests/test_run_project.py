@@ -511,7 +511,7 @@ def test_scanning_errors_again_voids_what_was_projected(
 
 def test_a_dataset(tmp_path: Path) -> None:
     store = scan(Pictures(), tmp_path / "x")
-    with pytest.raises(MaxactError, match=r"item/[0-9] is an item of a Dataset: give it as images again"):
+    with pytest.raises(MaxactError, match=r"item/[0-9] is an item of a Dataset: give that again"):
         project(store.path, layers="bn2")
     found = project(store.path, layers="bn2", images=Pictures())
     assert found.winners("bn2").projected().all() and found.errors().num_rows == 0

@@ -211,7 +211,7 @@ class Catalog:
 
     def _picture(self, entry: Entry) -> object:
         if self.dataset is None:
-            raise MaxactError(f"{entry.key} is an item of a Dataset: give it as images again")
+            raise MaxactError(f"{entry.key} is an item of a Dataset: give that again")
         item = self.dataset[entry.offset]  # type: ignore[index]
         return item[0] if isinstance(item, tuple | list) else item
 

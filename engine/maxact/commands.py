@@ -159,6 +159,7 @@ def _draw(loaded: Any, found: Any, fields: Any, name: str, image: str | None, ou
     from maxact.render.field import draw as draw_field
 
     taps = {tap.name: tap for tap in found.taps}
+    name = next((tap.name for tap in found.taps if tap.layer == name), name)
     if name not in taps:
         raise UsageError(f"draw: {loaded.name} has no tap {name!r}{near(name, list(taps))} (`maxact layers` lists all)")
     height, width = loaded.preprocess.crop

@@ -15,13 +15,15 @@ from maxact.errors import MaxactError
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], advice: str = "make room there or choose another place") -> Iterator[None]:
-    """Inside, what the system refuses is a MaxactError that names `path` and gives `advice`."""
+def writing(path: str | os.PathLike[str], advice: str | None = None) -> Iterator[None]:
+    """Inside, what the system refuses is a MaxactError that names `path` and gives advice."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error  # Arrow's own text is a paragraph
-        raise MaxactError(f"{path}: cannot be written ({reason}); {advice}") from error
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        usual = f"make {'its folder first,' if missing else 'room there'} or choose another place"
+        raise MaxactError(f"{path}: cannot be written ({reason}); {advice or usual}") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:

@@ -34,6 +34,7 @@ from maxact.provenance import versions
 from maxact.worker import Given, Gone, Message, Order, Work, pickled
 
 T = TypeVar("T")
+_TRIES = 3  # at a head that does not answer
 _ANSWER = 5.0  # seconds in which a cluster has to answer
 _WAIT = 1.0  # seconds, at most, from one time of listening to the next
 _TAKEN = 4  # calls whose results are taken in at a time: they may be large
@@ -41,6 +42,10 @@ _GLANCE = 10.0  # seconds from one look at the cluster's nodes to the next
 _ALIKE = ("maxact", "torch", "torchvision", "nvidia-dali-cuda130")  # versions that decide what comes out
 
 log = logging.getLogger("maxact")
+
+
+class HeadLost(MaxactError):
+    """The head of a cluster is gone: asked for anything, Ray would wait for a minute and end this process."""
 
 
 @contextmanager
@@ -62,6 +67,9 @@ def joined(run: RunConfig) -> Iterator[RunConfig]:
         if run.devices == "cuda" and not gpus:
             raise MaxactError(f"cluster: {run.cluster} has no GPUs; --devices cpu runs on its CPUs")
         yield replace(run, devices="cuda" if gpus and run.devices != "cpu" else "cpu")
+    except HeadLost:
+        ours = False
+        raise
     finally:
         if ours:
             ray.shutdown()
@@ -107,15 +115,20 @@ def _address(cluster: str) -> str | None:
         named = found = ""
         with suppress(ConnectionError):  # it has none in its files
             found = _ray()._private.services.canonicalize_bootstrap_address("auto") or ""
-    host, _, port = found.rpartition(":")
+    trouble = _trouble(found)  # Ray itself would try for minutes
+    if trouble and named:
+        raise MaxactError(f"cluster: no Ray answers at {named} ({trouble}); expected auto or HOST:PORT")
+    return None if trouble else found
+
+
+def _trouble(address: str) -> str | None:
+    """Why nothing answers at HOST:PORT; None where something does."""
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
-        return found
-    except (OSError, ValueError, OverflowError) as error:  # Ray itself would try for minutes
-        if named:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise MaxactError(f"cluster: no Ray answers at {named} ({reason}); expected auto or HOST:PORT") from None
         return None
+    except (OSError, ValueError, OverflowError) as error:
+        return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 @dataclass(frozen=True)
@@ -157,6 +170,7 @@ class Actors:
         self._needs = _needs(run)[:most]
         if not self._needs:
             raise MaxactError(f"cluster: {run.cluster} has no node with {_Need(run.cpus_per_worker or 1, 0)}")
+        self._head = _ray().get_runtime_context().gcs_address
         self._asked: dict[Any, _Contact] = {}  # what is being waited for, by what it is
         self._heard: list[_Contact] = []
         self._first = True  # nothing has been handed over yet
@@ -173,7 +187,9 @@ class Actors:
         self._load = _ray().put(np.frombuffer(pickled(self._work), np.uint8))  # once, whatever number of workers
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, HeadLost):  # nobody could be told
+            return
         for contact in {*self._asked.values(), *self._heard}:
             contact.kill()
 
@@ -210,6 +226,7 @@ class Actors:
         try:
             given = _ray().get(ref)
         except _ray().exceptions.RayError as error:
+            self._check_head()
             return [(contact, Gone(_reason(error)))]
         self._heard.append(contact)
         if isinstance(given, Where):
@@ -242,6 +259,14 @@ class Actors:
         contact.actor.begin.options(num_returns=0).remote(self._load, run, paths, contact.name, self._first)
         contact.ready = True
 
+    def _check_head(self) -> None:
+        """Raises HeadLost."""
+        for _ in range(_TRIES):
+            if _trouble(self._head) is None:
+                return
+            time.sleep(1.0)
+        raise HeadLost(f"cluster: its head at {self._head} is gone; run the same again when it is back")
+
     def _glance(self) -> None:
         """Looks for room. Raises MaxactError where for long there has been none for anyone."""
         now = time.monotonic()
@@ -256,6 +281,7 @@ class Actors:
         if now - self._glanced < _GLANCE:
             return
         self._glanced = now
+        self._check_head()
         missing = sum(not contact.ready for contact in self._asked.values())
         if not missing and self._most is None:  # nodes may have joined
             self._needs += (Counter(_needs(self._run)) - Counter(self._needs)).elements()

@@ -144,7 +144,9 @@ class Sprites:
     def boxes(self) -> NDArray[np.int32]:
         """[C, R, 3, 4]: of each winner the field's box, the focus box and the crop's; -1 where it was not projected."""
         names = ("box", "focus_box", "crop_box")
-        return np.stack([self._winners.read(name, 0, self.layout.channels) for name in names], 2)
+        boxes = np.stack([self._winners.read(name, 0, self.layout.channels) for name in names], 2)
+        boxes[~self.projected] = -1  # those that were projected since have no sprite
+        return boxes
 
     def digest(self, values: Mapping[str, NDArray[Any]], row: int) -> str:
         """Stands for all that the sprite of a row of what `read` gave is made from."""

@@ -111,7 +111,7 @@ const percent = (value) => (value === null ? "–" : `${Number((100 * value).toP
 
 // Routes: #/  #/tap/NAME?sort=…  #/tap/NAME/CHANNEL?list=…
 
-const DEFAULTS = { list: "", sort: "channel", order: "", show: "all", label: "", view: "" };
+const DEFAULTS = { list: "", sort: "channel", order: "", show: "", label: "", view: "" };
 
 function readRoute() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");

@@ -91,14 +91,22 @@ const matches = (data, text) => {
   return new Set(data.labels.flatMap((names, index) => (names.some((name) => name.toLowerCase().includes(wanted)) ? [index] : [])));
 };
 
+/** Which channels a route shows: those with pictures where it does not say and others that live have none. */
+function showing(data, list, options) {
+  if (options.show) return options.show;
+  const bare = data.shown.some((channel, place) => !list.pictured[place] && !data.dead[channel]);
+  return bare && list.pictured.includes(1) ? "pictured" : "all";
+}
+
 /** The places of the channels that a route shows, in its order. */
 function ordered(data, list, options) {
+  const show = showing(data, list, options);
   const labels = options.label.trim() ? matches(data, options.label) : null;
   const keep = (place) => {
     const dead = data.dead[data.shown[place]];
-    if (options.show === "live" && dead) return false;
-    if (options.show === "dead" && !dead) return false;
-    if (options.show === "pictured" && !list.pictured[place]) return false;
+    if (show === "live" && dead) return false;
+    if (show === "dead" && !dead) return false;
+    if (show === "pictured" && !list.pictured[place]) return false;
     return !labels || list.labels[place].some((label) => labels.has(label));
   };
   const [, value, usual] = SORTS[options.sort] ?? SORTS.channel;
@@ -145,7 +153,7 @@ function tapView(tap, data, options, last) {
     h("div.sort", {},
       select("sort", "Sort", Object.fromEntries(Object.entries(SORTS).map(([key, [text]]) => [key, text])), options.sort, (value) => go({ sort: value, order: "" })),
       h("button", { type: "button", name: "order", title: "Turn the order around", "aria-label": `Order: ${up ? "ascending" : "descending"}`, onclick: () => go({ order: up ? "down" : "up" }) }, up ? "↑" : "↓")),
-    select("show", "Show", SHOWN, options.show, (value) => go({ show: value })),
+    select("show", "Show", SHOWN, showing(data, list, options), (value) => go({ show: value })),
     h("label.field", {}, h("span", {}, "Label"),
       h("input", { name: "label", type: "search", list: "labels", value: options.label, placeholder: "any", autocomplete: "off", onchange: (event) => go({ label: event.target.value }) })),
     known);
