@@ -513,7 +513,7 @@ def test_the_second_signal_ends_it_at_once(photos: Path, tmp_path: Path) -> None
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        scan(photos, tmp_path / "x", report=after(6, twice))
+        scan(photos, tmp_path / "x", report=after(17, twice))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert Store(tmp_path / "x").state() is not None
 
