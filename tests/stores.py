@@ -43,6 +43,17 @@ def scan(images: object, store: Path, network: Any = "tiny:network", **settings:
     return maxact.scan(network, images, store, **(SETTINGS | settings))
 
 
+def interrupted(images: object, store: Path, count: int = 13, **settings: Any) -> None:
+    """A scan that breaks off after so many images."""
+
+    def stop(progress: maxact.Progress) -> None:
+        if progress.done >= count:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(images, store, report=stop, **settings)
+
+
 def contents(store: Path) -> dict[str, Any]:
     """Every file of a finished store by its path: bytes, or the value of JSON. Without `run/`."""
     found = {}

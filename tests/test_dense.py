@@ -38,7 +38,7 @@ from maxact.run import store_path
 from maxact.store import Store
 from maxact.tap import Tap
 from maxact.together import Scanning
-from stores import ARGUMENTS, SETTINGS, command, contents, names, scan, wait_for
+from stores import ARGUMENTS, SETTINGS, command, contents, interrupted, names, scan, wait_for
 from support import all_maps, cut_short, make_job, pixels, same, scan_job
 
 TAPS = {"bn1": 6, "bn2": 7, "fc": 5}
@@ -408,13 +408,8 @@ def test_room_that_is_written_again(
 ) -> None:
     """Files of shards that were written and not committed make room for themselves."""
 
-    def stop(progress: maxact.Progress) -> None:
-        if progress.done >= 13:
-            raise KeyboardInterrupt
-
     store = tmp_path / "x"
-    with pytest.raises(KeyboardInterrupt):
-        scan(images, store, pooled="max", report=stop)
+    interrupted(images, store, pooled="max")
     left = set(range(6)) - committed(store, whole)
     folders = [store / place(name, "max") for name in TAPS]
     for file in [folder / file_name(shard) for folder in folders for shard in left]:
@@ -559,12 +554,7 @@ def test_export_of_another_scan_to_the_same_place(whole: Store, images: Path, tm
 
 
 def test_export_of_an_unfinished_store(images: Path, whole: Store, tmp_path: Path) -> None:
-    def stop(progress: maxact.Progress) -> None:
-        if progress.done >= 13:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scan(images, tmp_path / "x", pooled="max", report=stop)
+    interrupted(images, tmp_path / "x", pooled="max")
     store = Store(tmp_path / "x")
     done = committed(store.path, whole)
     assert 0 < len(done) < 6

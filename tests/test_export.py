@@ -16,7 +16,7 @@ import pytest
 import maxact
 from maxact.errors import MaxactError
 from maxact.export import export
-from stores import names, scan
+from stores import interrupted, names, scan
 
 COLUMNS = ["tap", "channel", "score", "end", "rank", "value", "row", "column", "image", "key", "label"]
 ROWS = 2 * (5 + 3) * (6 + 7 + 5)  # scores, ranks at both ends, channels
@@ -110,12 +110,7 @@ def test_places_that_are_empty_have_no_row(photos: Path, tmp_path: Path) -> None
 
 
 def test_an_unfinished_store_gives_its_last_commit(photos: Path, tmp_path: Path) -> None:
-    def stop(progress: maxact.Progress) -> None:
-        if progress.done >= 13:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scan(photos, tmp_path / "x", report=stop)
+    interrupted(photos, tmp_path / "x")
     store = maxact.open(tmp_path / "x")
     assert export(store, tmp_path / "out.parquet") == 5 * 18
     found = pq.read_table(tmp_path / "out.parquet", filters=[("tap", "=", "bn2")])

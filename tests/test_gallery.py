@@ -28,7 +28,7 @@ from maxact.preprocess import Preprocess
 from maxact.render.gallery import measure, write_gallery
 from maxact.render.sprites import Pictures, Sprites
 from projected import copy_store, damage_thumbs, project
-from stores import scan
+from stores import interrupted, scan
 from support import write_photographs
 
 # a folder's name is a label, and with the file's the key
@@ -224,12 +224,7 @@ def test_a_scan_that_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.M
     """Its last commit, as a scan of so many images would give it; without pictures."""
     monkeypatch.setattr(schedule, "COMMIT_SECONDS", 0)
 
-    def stop(progress: maxact.Progress) -> None:
-        if progress.done >= 9:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scan(photos, tmp_path / "x", report=stop)
+    interrupted(photos, tmp_path / "x")
     unfinished = maxact.open(tmp_path / "x")
     assert 0 < unfinished.scanned() < 21
     assert measure(unfinished).sprites == 0

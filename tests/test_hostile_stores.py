@@ -32,7 +32,7 @@ from maxact.render.mosaic import write_mosaics
 from maxact.settle import Exact
 from maxact.store import Store
 from maxact.thumbs import write_thumbs
-from stores import scan
+from stores import interrupted, scan
 
 KEEP = {"ranks": 2, "channels": [0, 1]}
 
@@ -53,13 +53,8 @@ def projected(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def unfinished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def stop(progress: maxact.Progress) -> None:
-        if progress.done >= 13:
-            raise KeyboardInterrupt
-
     place = tmp_path_factory.mktemp("unfinished") / "x.zarr"
-    with pytest.raises(KeyboardInterrupt):
-        scan(photos, place, layers=("bn2",), top=3, report=stop)
+    interrupted(photos, place, layers=("bn2",), top=3)
     return place
 
 

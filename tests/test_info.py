@@ -14,7 +14,7 @@ from torch import nn
 import maxact
 from maxact import schedule
 from maxact.info import describe
-from stores import scan
+from stores import interrupted, scan
 
 
 def strictly(facts: dict[str, Any]) -> Any:
@@ -52,12 +52,7 @@ def test_an_unfinished_store(photos: Path, tmp_path: Path, monkeypatch: pytest.M
     (path,) = (tmp_path / "photos").rglob("000.jpg")
     path.write_bytes(path.read_bytes()[:-2])
 
-    def stop(progress: maxact.Progress) -> None:
-        if progress.done >= 13:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scan(tmp_path / "photos", tmp_path / "x", report=stop)
+    interrupted(tmp_path / "photos", tmp_path / "x")
     store = maxact.open(tmp_path / "x")
     state = store.state()
     assert state is not None

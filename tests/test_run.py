@@ -28,7 +28,7 @@ from maxact.errors import MaxactError, UsageError
 from maxact.find import find_taps
 from maxact.process import Interrupted, Progress
 from maxact.store import Store
-from stores import contents, names, scan
+from stores import contents, interrupted, names, scan
 from support import photograph
 
 
@@ -49,10 +49,6 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return scan(photos, tmp_path_factory.mktemp("whole") / "x")
 
 
-class Stop(Exception):
-    pass
-
-
 def after(images: int, act: Callable[[], object]) -> Callable[[Progress], None]:
     """A report that acts once so many images are through."""
     acted = []
@@ -63,16 +59,6 @@ def after(images: int, act: Callable[[], object]) -> Callable[[Progress], None]:
             act()
 
     return report
-
-
-def stop() -> None:
-    raise Stop
-
-
-def interrupted(images: object, store: Path, count: int = 13, **settings: Any) -> None:
-    """A run that breaks off after so many images."""
-    with pytest.raises(Stop):
-        scan(images, store, report=after(count, stop), **settings)
 
 
 def same(store: Path, other: Store) -> bool:
@@ -92,7 +78,7 @@ def test_a_finished_run_is_not_scanned_again(
     shutil.copytree(whole.path, place)
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if "run" not in path.parts}
     with caplog.at_level(logging.INFO, "maxact"):
-        store = scan(photos, place, report=lambda progress: stop())
+        store = scan(photos, place, report=lambda progress: pytest.fail("it was scanned again"))
     assert caplog.messages == [f"{place}: done already, 21 images"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert repr(store["bn1"].lists) == repr(whole["bn1"].lists)
@@ -540,7 +526,7 @@ def test_the_log_of_a_run(photos: Path, tmp_path: Path, capfd: pytest.CaptureFix
     lines = (tmp_path / "x" / "run" / "log").read_text().splitlines()
     messages = [line.split(" ", 2)[2] for line in lines]  # after day and time
     assert messages[0].startswith("tiny:network (weights as tiny:network returns them), 3 taps with 18 channels, 21 im")
-    assert messages[1] == "Stop()"
+    assert messages[1] == "KeyboardInterrupt()"
     assert messages[2].startswith(f"{tmp_path}/x: going on after ")
     assert messages[3].startswith(f"{tmp_path}/x: was made otherwise (top: 5, not 6)")
     assert len(messages) == 4

@@ -266,7 +266,7 @@ def _look_over(store: Store, part: Partial) -> None:
         reason = f" ({first[0]['key']}: {first[0]['error']})" if first else ""
         raise MaxactError(f"{store.path}: not one of the {len(store.catalog)} images could be used{reason}")
     if changed := sum(image.error.startswith("changed") for image in part.bad):
-        log.warning("%d images are not what they were when they were catalogued; --overwrite takes them in", changed)
+        log.warning("changed since they were catalogued: %d of the images; only --overwrite takes them in", changed)
     unfit = part.total().unfit
     for tap, first, end in columns(store.manifest.taps):
         if count := int(unfit[first:end].sum()):

@@ -65,8 +65,8 @@ class Exact:
         )
 
     def without(self, shard: Shard) -> Exact:
-        """Settling scans no shard twice."""
-        raise NotImplementedError
+        """Raises ValueError: settling scans no shard twice, so nothing is `held`."""
+        raise ValueError(f"{shard} cannot be taken out")
 
     def save(self, path: Path, about: str) -> None:
         """Writes everything, and what it is about, to one file. Raises OSError where that cannot be done."""

@@ -125,9 +125,10 @@ class Store:
         if self.manifest.finished:
             return None
         if self._committed is None:
-            self._committed = (self.state(),)
-            if self._committed == (None,):
+            state = self.state()
+            if state is None:
                 self.manifest = read_manifest(self.path)
+            self._committed = (state,)
         return self._committed[0]
 
     def scanned(self) -> int:

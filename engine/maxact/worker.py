@@ -187,10 +187,11 @@ class Worker(Generic[I, P]):
         error = None
         begun = time.monotonic()
         patience, merge = self._work.patience, self._work.merge
+        at_once = not patience or merge is None
         try:
             for part in self._work.run(self._wanted(), self._stop, self._send):
                 held = merge(held, part) if held is not None and merge else part
-                if not patience or (time.monotonic() - begun >= patience and self._is_free()):
+                if at_once or (time.monotonic() - begun >= patience and self._is_free()):
                     self._send(Given(held))
                     held, begun = None, time.monotonic()
         except MaxactError as failure:

@@ -54,8 +54,7 @@ def measure(store: Store, *, layers: Sequence[str] = (), channels: Sequence[int]
     total = sum(len(rows) for _, (_, rows) in works)
     pixels = sum(len(rows) * math.prod(sprites.sheet.size) for sprites, (_, rows) in works)
     drawn = written = 0
-    for index in np.unique(np.linspace(0, len(works), _SAMPLE, endpoint=False).astype(int))[: len(works)].tolist():
-        sprites, (block, rows) = works[index]
+    for sprites, (block, rows) in works[:: math.ceil(len(works) / _SAMPLE) or 1]:
         for _, sprite in sprites.draw(sprites.read(block), rows[len(rows) // 2 :][:1]):
             drawn += math.prod(sprite.shape[:2])
             written += len(encode(sprite))
