@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
@@ -223,6 +224,24 @@ assert stores[0]["conv"].top(0).equals(stores[1]["conv"].top(0))
 def no_process_stays() -> Iterator[None]:
     yield
     assert not children()
+
+
+def test_other_threads_give_the_same_winners_but_for_near_ties(photos: Path, tmp_path: Path) -> None:
+    """Sums may be taken in another order, so scores may differ by rounding; images may only change places where their
+    scores differ by no more than that, or drop out where they are last."""
+    one = scan(photos, tmp_path / "one", devices="cpu:2", threads=1)
+    other = scan(photos, tmp_path / "other", devices="cpu", threads=2)
+    for tap in one:
+        for key, mine in one[tap].lists.items():
+            theirs = other[tap].lists[key]
+            np.testing.assert_allclose(mine.score, theirs.score, rtol=1e-5, atol=1e-6)
+            for channel in range(len(mine.image)):
+                ranks = {image: rank for rank, image in enumerate(theirs.image[channel].tolist())}
+                for rank, image in enumerate(mine.image[channel].tolist()):
+                    near = theirs.score[channel, ranks.get(image, -1)]
+                    np.testing.assert_allclose(mine.score[channel, rank], near, rtol=1e-5, atol=1e-6)
+                    if mine.position is not None and theirs.position is not None and image in ranks:
+                        assert (mine.position[channel, rank] == theirs.position[channel, ranks[image]]).all()
 
 
 def test_an_interrupt_while_workers_start_is_quiet(photos: Path, tmp_path: Path) -> None:
