@@ -84,7 +84,7 @@ def test_any_number_of_workers_and_any_way_there_gives_the_same_store(
         if not killed:
             killed.append(children()[0])
             os.kill(killed[0], signal.SIGKILL)
-        elif len({hand.images for hand in progress.hands}) and progress.done >= 10:
+        elif progress.before + progress.done >= 10:
             raise KeyboardInterrupt  # as if the driver failed
 
     with pytest.raises(KeyboardInterrupt):
