@@ -16,6 +16,7 @@ from torch._inductor.utils import run_and_get_code
 
 import maxact
 import several
+from maxact.config import Precision
 from maxact.errors import MaxactError
 from maxact.find import find
 from maxact.models import Normalised
@@ -81,6 +82,62 @@ def test_normalisations_go_into_the_convolutions_before_them() -> None:
     with Taps(wrapped, find(wrapped, images).taps, compiled=True) as taps:
         _, (code,) = run_and_get_code(taps, images)
     assert "maxact.peaks" in code and "batch_norm" not in code
+
+
+def rectified(run: Callable[[nn.Conv2d, torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A tapped convolution, what `run` does to its output, and a second one that sees what comes of that."""
+
+    class Rectified(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen: torch.Tensor = self.second(run(self.first, images))
+            return seen
+
+    torch.manual_seed(0)
+    return lively(Rectified(), 0)
+
+
+# what comes behind a tap -> whether the tap can do it
+BEHIND: dict[str, tuple[Callable[[nn.Conv2d, torch.Tensor], torch.Tensor], bool]] = {
+    "relu": (lambda conv, x: conv(x).relu(), True),
+    "relu in place": (lambda conv, x: nn.functional.relu_(conv(x)), True),
+    "relu6": (lambda conv, x: nn.functional.relu6(conv(x)), True),
+    "clamp": (lambda conv, x: conv(x).clamp(-0.3, 0.7), True),
+    "clamps": (lambda conv, x: conv(x).clamp_min(-0.3).clamp_max(0.7).relu(), True),
+    "clamps that cross": (lambda conv, x: conv(x).clamp_max(-0.1).clamp_min(0.2), True),
+    "relu of one half": (lambda conv, x: torch.cat([(y := conv(x))[:, :4].relu(), y[:, 4:]], 1), False),
+    "leaky relu": (lambda conv, x: nn.functional.leaky_relu(conv(x), 0.1), False),
+    "relu and itself": (lambda conv, x: (y := conv(x)).relu() + 0.5 * y, False),
+    "two relus": (lambda conv, x: (y := conv(x)).relu() - y.clamp(-1, 0.5), False),
+    "relu of a view": (lambda conv, x: (y := conv(x)).flatten(2).relu().view_as(y) - 0.5 * y, False),
+    "clamp read between": (lambda conv, x: (y := conv(x).clamp_min(-0.2)) + y.clamp_max(0.3), True),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("behind", BEHIND)
+def test_a_tap_does_what_a_rectifier_behind_it_would(behind: str, precision: Precision) -> None:
+    """And only where nothing else reads what the tap sees: the peaks of both convolutions stay the same."""
+    run, joined = BEHIND[behind]
+    wrapped = Normalised(rectified(run).eval(), SMALL).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randint(0, 256, (BATCH, *SMALL.crop, 3), dtype=torch.uint8)
+    chosen = find(wrapped, images).taps
+    assert [tap.name for tap in chosen] == ["first", "second"]
+    with Taps(wrapped, chosen, precision) as taps:
+        wanted = taps(images).result()
+    with Taps(wrapped, chosen, precision, compiled=True) as taps:
+        pending, (code,) = run_and_get_code(taps, images)
+        again = taps(images).result()
+    assert ("peaks_then_clamp" in code) == joined
+    tolerance = 1e-5 if precision == "fp32" else 2**-6
+    for found in (pending.result(), again):
+        for name in ("max", "min", "mean", "square"):
+            exact = getattr(wanted, name)
+            slack = tolerance * np.abs(exact).max()
+            np.testing.assert_allclose(getattr(found, name), exact, rtol=tolerance, atol=slack, err_msg=name)
 
 
 def test_weights_that_changed_between_two_scans_count(photos: Path, tmp_path: Path) -> None:

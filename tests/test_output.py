@@ -95,6 +95,16 @@ def test_every_layout(layout: str, dtype: torch.dtype) -> None:
     assert torch.equal(values, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
+def test_every_layout_can_be_clamped_in_place(layout: str, dtype: torch.dtype) -> None:
+    make, axis = LAYOUTS[layout]
+    values = make(dtype)
+    before = values.clone()
+    check(output.PEAKS_THEN_CLAMP(values, axis, -0.5, 2.0), before, axis)
+    assert torch.equal(values, before.clamp(-0.5, 2.0))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 35), st.integers(1, 9), st.integers(1, 9)),
@@ -221,12 +231,13 @@ def test_blocks_of_threads_can_be_nested_and_leave_nothing_behind(large: torch.T
     "shape, axis, last",
     [((2, 3, 4, 5), 1, False), ((2, 3, 4, 5), 1, True), ((2, 7, 3), -1, False), ((2, 3), -1, False)],
 )
-def test_the_operator_is_a_good_one(shape: tuple[int, ...], axis: int, last: bool, dtype: torch.dtype) -> None:
+def test_the_operators_are_good_ones(shape: tuple[int, ...], axis: int, last: bool, dtype: torch.dtype) -> None:
     values = made(*shape, dtype=dtype)
     if last:
         values = values.to(memory_format=torch.channels_last)
-    done = torch.library.opcheck(torch.ops.maxact.peaks.default, (values, axis))
-    assert set(done.values()) == {"SUCCESS"}
+    for operator, bounds in ((output.PEAKS, ()), (output.PEAKS_THEN_CLAMP, (0.0, 6.0))):
+        done = torch.library.opcheck(operator, (values, axis, *bounds))
+        assert set(done.values()) == {"SUCCESS"}
 
 
 class Both(torch.nn.Module):

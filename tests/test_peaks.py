@@ -100,17 +100,32 @@ def test_a_half_precision_map_is_reduced_in_float32() -> None:
     assert square.item() == pytest.approx(value**2, rel=1e-6)
 
 
-def test_only_the_tap_s_own_columns_are_written() -> None:
-    maps = np.random.default_rng(0).standard_normal((4, 9, 5)).astype(np.float32)
-    out = Peaks.empty(6, 11)
-    for array in vars(out).values():
-        array[:] = 77
-    peaks.reduce(maps, True, out.rows(1, 5), 3)
-    np.testing.assert_array_equal(out.max[1:5, 3:8], maps.max(1))
-    np.testing.assert_array_equal(out.position[1:5, 3:8], maps.argmax(1))
-    for array in vars(out).values():
-        array[1:5, 3:8] = 77
-        assert (array == 77).all()
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 40)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(0.0, np.inf), (0.0, 6.0), (-np.inf, 0.1), (-1.0, 1.0), (2.0, 2.0)]),
+    st.integers(0, 2**31),
+)
+def test_maps_are_clamped_once_their_peaks_are_found(
+    shape: tuple[int, int, int], channels_last: bool, half: bool, bounds: tuple[float, float], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = torch.from_numpy(rng.standard_normal(shape).astype(np.float32) * 4)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        if rng.random() < 0.3:
+            values.view(-1)[rng.integers(values.numel())] = value
+    laid = values.mT.contiguous() if channels_last else values
+    laid = laid.bfloat16() if half else laid
+    wanted = laid.clamp(*bounds)
+    clean, found = Peaks.empty(*shape[:2]), Peaks.empty(*shape[:2])
+    maps = laid.view(torch.uint16).numpy() if half else laid.numpy()
+    peaks.reduce(maps.copy(), channels_last, clean)
+    peaks.reduce(maps, channels_last, found, bounds=bounds)
+    torch.testing.assert_close(laid, wanted, rtol=0, atol=0, equal_nan=True)
+    for name, array in vars(clean).items():
+        np.testing.assert_array_equal(getattr(found, name), array, err_msg=name)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -120,7 +135,7 @@ def test_threads_that_share_the_images_give_what_one_gives(channels_last: bool) 
     laid = np.ascontiguousarray(maps.transpose(0, 2, 1)) if channels_last else maps
     shared, turn = Peaks.empty(200, 33), np.zeros(1, np.int64)
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(peaks.reduce, laid, channels_last, shared, 0, turn) for _ in range(4)]:
+        for done in [pool.submit(peaks.reduce, laid, channels_last, shared, turn) for _ in range(4)]:
             done.result()
     assert turn[0] == 200 + 4  # every image was taken once, and every thread found none left once
     for name, array in vars(shared).items():

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from maxact.catalog import Catalog, Entry, Shard
+from maxact.compiled import compile_for
 from maxact.config import Precision, cores
 from maxact.decode import choose_decoder
 from maxact.errors import MaxactError
@@ -36,7 +37,7 @@ from maxact.preprocess import one_line
 from maxact.provenance import versions
 from maxact.scan import Job, decoder_of
 from maxact.store import Store
-from maxact.taps import DTYPES, Pending, Taps, compile_for
+from maxact.taps import DTYPES, Pending, Taps
 from maxact_kernels.peaks import Peaks
 
 WARM_UP = 1  # batches of a stage that do not count, after other stages have run

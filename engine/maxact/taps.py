@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from maxact.compiled import compile_for
 from maxact.config import Precision
 from maxact.errors import MaxactError, OutOfMemory
 from maxact.models import Normalised
@@ -167,18 +168,3 @@ class _Tapped(nn.Module):
                 self._found[tap.name] = reduction.peaks(output, tap.axis)
 
         return record
-
-
-def compile_for(network: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A network as one graph of torch.compile, for batches of one size. On a CPU weights are constants to Inductor,
-    which takes normalisations into the convolutions before them and lays weights out for the processor."""
-    run: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network, fullgraph=True, dynamic=False)
-    if device.type != "cpu":
-        return run
-
-    def frozen(images: torch.Tensor) -> torch.Tensor:
-        # as an option of torch.compile it would come too late: Dynamo has made weights inputs of the graph by then
-        with torch._inductor.config.patch(freezing=True):
-            return run(images)
-
-    return frozen

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from math import prod
 
 import numpy as np
@@ -45,7 +45,7 @@ def peaks(output: torch.Tensor, axis: int) -> torch.Tensor:
     """
     if output.device.type == "cpu":
         compiling = torch.compiler.is_compiling()
-        numbers: torch.Tensor = _operator(output, axis) if compiling else _on_cpu(output, axis)
+        numbers: torch.Tensor = _peaks(output, axis) if compiling else _on_cpu(output, axis)
         return numbers
     if not torch.compiler.is_compiling() and output.dtype in peaks_cuda.DTYPES and _in_triton(output.device):
         maps, last = _lay(output, axis)
@@ -81,27 +81,44 @@ def _lay(output: torch.Tensor, axis: int) -> tuple[torch.Tensor, bool]:
     return output.view(*output.shape[:2], prod(output.shape[2:])), False
 
 
-def _on_cpu(output: torch.Tensor, axis: int) -> torch.Tensor:
+def _on_cpu(output: torch.Tensor, axis: int, bounds: tuple[float, float] | None = None) -> torch.Tensor:
     output = output.detach()
     maps, last = _lay(output if output.dtype == torch.bfloat16 else output.float(), axis)
     array = maps.view(torch.uint16).numpy() if maps.dtype == torch.bfloat16 else maps.numpy()
     numbers = torch.empty(6, len(output), output.shape[axis])
     out, turn = Peaks.of(numbers), np.zeros(1, np.int64)
+    copied = maps.data_ptr() != output.data_ptr()
+    reduce = partial(kernel.reduce, array, last, out, turn, None if copied else bounds)
     others = []
     if _helpers:
         pool, most = _helpers
         count = min(most, array.size // _SHARE)
-        others = [pool.submit(kernel.reduce, array, last, out, 0, turn) for _ in range(count)]
-    kernel.reduce(array, last, out, 0, turn)
+        others = [pool.submit(reduce) for _ in range(count)]
+    reduce()
     for other in others:
         if not other.cancel():  # one that has not begun by now has nothing to do
             other.result()
+    if copied and bounds:
+        output.clamp_(*bounds)
     return numbers
 
 
-_operator = torch.library.custom_op("maxact::peaks", _on_cpu, mutates_args=())
+@torch.library.custom_op("maxact::peaks", mutates_args=())
+def _peaks(output: torch.Tensor, axis: int) -> torch.Tensor:
+    return _on_cpu(output, axis)
 
 
-@_operator.register_fake
-def _(output: torch.Tensor, axis: int) -> torch.Tensor:
+@torch.library.custom_op("maxact::peaks_then_clamp", mutates_args=("output",))
+def _peaks_then_clamp(output: torch.Tensor, axis: int, low: float, high: float) -> torch.Tensor:
+    return _on_cpu(output, axis, (low, high))
+
+
+@_peaks.register_fake
+@_peaks_then_clamp.register_fake
+def _(output: torch.Tensor, axis: int, *bounds: float) -> torch.Tensor:
     return output.new_empty((6, output.shape[0], output.shape[axis]), dtype=torch.float32)
+
+
+# `peaks` as a graph names it, and what also clamps the output in place: (output, axis, low, high); NaN stays
+PEAKS = torch.ops.maxact.peaks.default
+PEAKS_THEN_CLAMP = torch.ops.maxact.peaks_then_clamp.default

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from maxact_kernels.machine import prefetch, take, widen
 
 # The channels_last kernel takes this many positions at a time, so that the running values of a channel stay in
-# registers between them, and remembers the block of a maximum first, its place in the block at the end.
+# registers between them.
 _BLOCK = 8
 # Sums and sums of squares are float32 over this many positions and float64 beyond.
 _FLUSH = 64
@@ -137,25 +137,38 @@ def reduce(
     maps: NDArray[Any],
     channels_last: bool,
     out: Peaks,
-    column: int = 0,
     turn: NDArray[np.int64] | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> None:
-    """The peaks of maps [N, P, C] (`channels_last`) or [N, C, P] into C columns of `out` from `column` on.
+    """The peaks of maps [N, P, C] (`channels_last`) or [N, C, P] into `out`.
 
     The maps are float32, or the bits of bfloat16 as uint16. All arrays are C-contiguous: what is written through a
     strided view is not vectorised. Holds no GIL. Threads that call this with the same `turn`, a zero [1], share the
     images: each takes the next one that nobody has taken.
+
+    bounds: what the maps are clamped to once their peaks are found, the work of a rectifier while the values are at
+    hand; NaN stays.
     """
     kernel: Any = _channels_last if channels_last else _channels_first
     turn = np.zeros(1, np.int64) if turn is None else turn
-    kernel(maps, turn, column, out.max, out.position, out.min, out.mean, out.square, out.active)
+    limits = torch.tensor(bounds or ())
+    ends = limits.numpy() if maps.dtype == np.float32 else limits.bfloat16().view(torch.uint16).numpy()
+    kernel(maps, turn, ends, out.max, out.position, out.min, out.mean, out.square, out.active)
+
+
+@njit(nogil=True, cache=True)
+def _clamp(values: NDArray[Any], ends: NDArray[Any]) -> None:
+    low, high = ends[0], ends[1]
+    for i in range(values.size):  # vectorised, for it begins at 0
+        value = low if widen(values[i]) < widen(low) else values[i]
+        values[i] = high if widen(value) > widen(high) else value
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def _channels_last(
     maps: NDArray[Any],
     turn: NDArray[np.int64],
-    column: int,
+    ends: NDArray[Any],
     top: NDArray[np.float32],
     position: NDArray[np.int32],
     low: NDArray[np.float32],
@@ -182,25 +195,25 @@ def _channels_last(
         total[:], squares[:], some[:], some_squares[:] = 0, 0, 0, 0
         for start in range(0, whole, _BLOCK):
             block = maps[n, start : start + _BLOCK]
-            ahead = (n * positions + start) * channels + far  # beyond the end it does no harm
-            for i in range(ahead, ahead + _BLOCK * channels, line):
+            begin = (n * positions + start) * channels
+            for i in range(begin + far, begin + far + _BLOCK * channels, line):  # beyond the end it does no harm
                 prefetch(flat, i)
             for c in range(channels):  # vectorised; the loop inside is unrolled
-                b = widen(block[0, c])
-                m, k = least[c], count[c]
+                b, p, m, k = best[c], at[c], least[c], count[c]
                 s = q = np.float32(0)
                 for i in range(_BLOCK):
                     x = widen(block[i, c])
+                    p = np.int32(start + i) if x > b else p
                     b = x if x > b else b
                     m = x if x < m else m
                     k += np.int32(x > 0)
                     s += x
                     q += x * x
-                at[c] = np.int32(start) if b > best[c] else at[c]
-                best[c] = b if b > best[c] else best[c]
-                least[c], count[c] = m, k
+                best[c], at[c], least[c], count[c] = b, p, m, k
                 some[c] += s
                 some_squares[c] += q
+            if ends.size:
+                _clamp(flat[begin : begin + _BLOCK * channels], ends)
             if start % _FLUSH == _FLUSH - _BLOCK:
                 for c in range(channels):
                     total[c] += some[c]
@@ -209,12 +222,6 @@ def _channels_last(
         for c in range(channels):
             total[c] += some[c]
             squares[c] += some_squares[c]
-        if whole:
-            for c in range(channels):  # so far `at` is where the block begins that holds the maximum
-                first = p = at[c]
-                for i in range(_BLOCK - 1, -1, -1):  # down, so that the lowest position stays
-                    p = first + np.int32(i) if widen(maps[n, first + i, c]) == best[c] else p
-                at[c] = p
         for i in range(whole, positions):
             for c in range(channels):
                 x = widen(maps[n, i, c])
@@ -224,16 +231,18 @@ def _channels_last(
                 count[c] += np.int32(x > 0)
                 total[c] += x
                 squares[c] += x * x
+        if ends.size:
+            _clamp(flat[(n * positions + whole) * channels : (n + 1) * positions * channels], ends)
         share = 1.0 / positions
         for c in range(channels):
             # comparisons pass over NaN, but a sum of squares is NaN exactly if one of its terms is
             fit = (best[c] < np.inf) & (least[c] > -np.inf) & (squares[c] == squares[c])
-            top[n, column + c] = best[c] if fit else np.nan
-            position[n, column + c] = at[c] if fit else np.int32(-1)
-            low[n, column + c] = least[c] if fit else np.nan
-            mean[n, column + c] = total[c] * share if fit else np.nan
-            square[n, column + c] = squares[c] * share if fit else np.nan
-            active[n, column + c] = count[c] if fit else np.int32(0)
+            top[n, c] = best[c] if fit else np.nan
+            position[n, c] = at[c] if fit else np.int32(-1)
+            low[n, c] = least[c] if fit else np.nan
+            mean[n, c] = total[c] * share if fit else np.nan
+            square[n, c] = squares[c] * share if fit else np.nan
+            active[n, c] = count[c] if fit else np.int32(0)
         n = take(turn)
 
 
@@ -241,7 +250,7 @@ def _channels_last(
 def _channels_first(
     maps: NDArray[Any],
     turn: NDArray[np.int64],
-    column: int,
+    ends: NDArray[Any],
     top: NDArray[np.float32],
     position: NDArray[np.int32],
     low: NDArray[np.float32],
@@ -289,10 +298,12 @@ def _channels_first(
                 total[0] += total[i]
                 squares[0] += squares[i]
             fit = np.isfinite(best[0]) and np.isfinite(least[0]) and not np.isnan(squares[0])
-            top[n, column + c] = best[0] if fit else np.nan
-            position[n, column + c] = at[0] if fit else -1
-            low[n, column + c] = least[0] if fit else np.nan
-            mean[n, column + c] = total[0] / positions if fit else np.nan
-            square[n, column + c] = squares[0] / positions if fit else np.nan
-            active[n, column + c] = count[0] if fit else 0
+            top[n, c] = best[0] if fit else np.nan
+            position[n, c] = at[0] if fit else -1
+            low[n, c] = least[0] if fit else np.nan
+            mean[n, c] = total[0] / positions if fit else np.nan
+            square[n, c] = squares[0] / positions if fit else np.nan
+            active[n, c] = count[0] if fit else 0
+            if ends.size:
+                _clamp(row, ends)
         n = take(turn)
