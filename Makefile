@@ -22,9 +22,9 @@ demo: $(READY)  ## scan real photographs through a real network, and show what i
 test: $(READY)  ## all tests that need no GPU
 	$(PYTHON) -m pytest -m "not gpu" -n logical --maxprocesses 4 --dist loadfile
 
-test-gpu: export PYTHONPATH := engine:kernels
+test-gpu: export PYTHONPATH := engine:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-gpu: $(READY)  ## the tests that need a GPU
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_peaks_cuda.py
 
 soak: export PYTHONPATH := tests
 soak: $(READY)  ## runs that everything happens to: SECONDS=600, SEED=0
@@ -67,7 +67,7 @@ bench: $(READY)  ## all benchmarks; IMAGES=FOLDER of photographs of your own
 	$(PYTHON) bench/start.py
 	$(PYTHON) bench/ray_driver.py
 
-bench-gpu: export PYTHONPATH := engine:kernels:bench
+bench-gpu: export PYTHONPATH := engine:kernels:bench$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench-gpu: $(READY)  ## what needs a GPU; IMAGES=FOLDER, PYTHON=python3 where torch is installed already
 	$(PYTHON) bench/gpu.py --images "$(IMAGES)"
 	$(PYTHON) bench/peaks.py

@@ -30,7 +30,7 @@ def rate(
             images = decoder.collect().images
             decoder.submit(list(itertools.islice(stream, batch)))
             if images.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.current_stream(images.device).synchronize()  # not the next batch, which is on its way
             done += len(images)
         return done / passed
     finally:

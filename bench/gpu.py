@@ -360,14 +360,14 @@ def main() -> int:
         models="resnet50,vgg16,maxact.demo:network",
         batch=128,
         each=3.0,
-        seconds=420.0,
+        seconds=380.0,
         devices="cuda:0",
     )
     begun = time.perf_counter()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.devices.startswith("cuda") and not torch.cuda.is_available():
         print(f"gpu: torch {torch.__version__} sees no CUDA device here, so nothing is measured", file=sys.stderr)
         return 1
-    device = RunConfig(args.device).torch_device()
+    device = RunConfig(args.devices).torch_device()
     out = args.json or ROOT / "out" / "gpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -78,7 +78,7 @@ def main() -> None:
         packing = [seconds(lambda: pack(source, out, overwrite=True, **options)) for _ in range(args.rounds)]
         catalogs["packed"] = Catalog.build(out)
         files = {name: read(catalog) for name, catalog in catalogs.items()}
-        how = (Preprocess(), args.batch, args.threads, args.device, args.seconds)
+        how = (Preprocess(), args.batch, args.threads, args.devices, args.seconds)
         runs = {name: partial(rate, args.decoder, [*data], *how) for name, data in files.items()}
         measured = interleaved(runs, args.rounds)
         members = Path(folder) / "members"

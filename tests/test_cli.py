@@ -148,6 +148,7 @@ def test_settings_arrive(run: Run, photos: Path, inside: Path) -> None:
         "max_megapixels": 3.0,
         "skip_grey": True,
         "compile": False,
+        "hardware_share": None,
         "pooled": "mean",
     }
     assert manifest.settings == wanted

@@ -18,7 +18,15 @@ MANIFEST = Manifest(
     model={"name": "resnet18", "weights": "none (random)", "sha256": "00ff"},
     preprocessing={"resize": 256, "crop": (224, 224), "mean": (0.5, 0.5, 0.5)},
     images={"source": "/data", "where": [], "limit": None, "count": 10},
-    settings={"scores": ("max", "mean"), "top": 5, "bottom": 0, "batch": 2, "compile": False, "pooled": None},
+    settings={
+        "scores": ("max", "mean"),
+        "top": 5,
+        "bottom": 0,
+        "batch": 2,
+        "compile": False,
+        "pooled": None,
+        "hardware_share": None,
+    },
     taps=(TAP,),
     versions={"torch": "2.15"},
 )

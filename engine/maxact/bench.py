@@ -58,7 +58,7 @@ def bench(
     threads: int | None = None,
     readers: int = 16,
     decode_threads: int | None = None,
-    hardware_share: float = 0.65,
+    hardware_share: float | None = None,
     rounds: int = 3,
     seconds: float = 6.0,
     sweep: bool = False,
@@ -87,8 +87,10 @@ def bench(
         raise UsageError(f"seconds: expected more than 0, got {seconds!r}")
     loading = ("weights", "resize", "crop", "mean", "std", "interpolation", "fit", "preprocess")
     paths = (layers,) if isinstance(layers, str) else tuple(layers)
-    wanted = ScanConfig(layers=paths, at=at, precision=precision, batch=batch, compile=compile)
-    counts: dict[str, Any] = {name: given[name] for name in ("threads", "readers", "decode_threads", "hardware_share")}
+    wanted = ScanConfig(
+        layers=paths, at=at, precision=precision, batch=batch, compile=compile, hardware_share=hardware_share
+    )
+    counts: dict[str, Any] = {name: given[name] for name in ("threads", "readers", "decode_threads")}
     run = RunConfig(devices, **counts)
     where = run.torch_device()
     model = load_model(network, **{name: given[name] for name in loading})

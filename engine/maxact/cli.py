@@ -328,7 +328,6 @@ def _add_threads(group: Any) -> None:
     group.add_argument(
         "--hardware-share",
         type=float,
-        default=0.65,
         metavar="F",
         help="of the JPEGs that a GPU's decoding hardware takes, where it has some (0.65)",
     )

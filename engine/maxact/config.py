@@ -28,6 +28,7 @@ MOST_PEAKS = 100_000  # that a channel keeps: they are all in memory
 MOST_AT_ONCE = 65_536  # images in a batch
 MOST_THREADS = 1024  # libraries end the process where they cannot start so many
 COMPILED = 10_000  # images of a scan on a CPU from which compiling the network can pay
+HARDWARE_SHARE = 0.65  # DALI's default
 SHARD = 4096  # images in a shard, rounded up to a whole number of batches
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, or max, in a period of so many
 
@@ -56,6 +57,8 @@ class ScanConfig:
     max_megapixels: float = 200.0
     skip_grey: bool = False
     compile: bool | None = None
+    hardware_share: float | None = None  # of JPEGs that a GPU's decoding hardware takes, where it has some: it gives
+    # other pixels, by some levels; None on a CPU
     pooled: Score | None = None  # what of every image and channel is kept
 
     def __post_init__(self) -> None:
@@ -80,18 +83,24 @@ class ScanConfig:
         _check(self.decoder in get_args(DecoderName), "decoder", "auto, dali or torchvision", self.decoder)
         _check(0 < self.max_megapixels < math.inf, "max_megapixels", "more than 0", self.max_megapixels)
         _check(self.pooled in (None, *get_args(Score)), "pooled", "max or mean", self.pooled)
+        share = self.hardware_share
+        _check(share is None or 0 <= share <= 1, "hardware_share", "0 to 1", share)
 
     def resolve(self, device: torch.device, images: int = 0) -> ScanConfig:
         """The same with every None filled in for a device and a number of images, and the shard a whole number of
         batches."""
         on_cpu = device.type == "cpu"
         batch = self.batch or (32 if on_cpu else 128)
+        share = self.hardware_share
+        if share is None and not on_cpu and self.decoder != "torchvision":
+            share = HARDWARE_SHARE
         return dataclasses.replace(
             self,
             precision=self.precision or ("fp32" if on_cpu else "fp16"),
             batch=batch,
             shard=math.ceil((self.shard or SHARD) / batch) * batch,
             compile=(not on_cpu or images >= COMPILED) if self.compile is None else self.compile,
+            hardware_share=share,
         )
 
     def kept(self) -> dict[tuple[str, Any], int]:
@@ -155,14 +164,12 @@ class RunConfig:
     max_bad: int | None = None  # bad images that stop the run; None is 1 % of the catalog, but at least 10
     retry_errors: bool = False
     overwrite: bool = False
-    hardware_share: float = 0.65  # of JPEGs that a GPU's decoding hardware takes, where it has some; DALI's default
     stall: float = 300.0  # seconds of silence after which a worker is replaced
     cluster: str | None = None  # of Ray: auto, or HOST:PORT; its nodes do the work
     cpus_per_worker: int | None = None  # of a cluster; None is all of a node's, or a GPU's part of them
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that cannot be."""
-        _check(0 <= self.hardware_share <= 1, "hardware_share", "0 to 1", self.hardware_share)
         _check(
             self.threads is None or 1 <= self.threads <= MOST_THREADS, "threads", f"1 to {MOST_THREADS}", self.threads
         )

@@ -66,11 +66,12 @@ def make_decoder(
     max_pixels: int = MAX_PIXELS,
     pictures: bool = False,
     depth: int = 2,
-    hardware_share: float = 0.65,
+    hardware_share: float | None = None,
 ) -> Decoder:
     """The decoder that `name` means (see `choose_decoder`), for batches of at most `batch`.
 
-    `depth` batches may be in flight. `hardware_share` of the JPEGs go to a GPU's decoding hardware, where it has some.
+    `depth` batches may be in flight. `hardware_share` of the JPEGs go to a GPU's decoding hardware, where it has some;
+    None is DALI's own choice.
     """
     settings = Settings(preprocess, batch, threads, torch.device(device), max_pixels, depth, hardware_share)
     if choose_decoder(name, preprocess, pictures) == "torchvision":

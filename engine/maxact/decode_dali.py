@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from maxact.decoder import Decoded, Settings
-from maxact.errors import MaxactError, OutOfMemory
+from maxact.errors import MaxactError, OutOfMemory, is_memory
 from maxact.pictures import Refused, alone, line, open_picture, rgb
 from maxact.preprocess import Placement
 
@@ -28,11 +29,12 @@ from maxact.preprocess import Placement
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 dali: Any = import_module("nvidia.dali")  # untyped but for part of its operators
 fn, types = dali.fn, dali.types
+to_torch_tensor: Any = import_module("nvidia.dali.plugin.pytorch.torch_utils").to_torch_tensor
 Pipeline = Any
 
-# What DALI raises for a batch that it cannot decode.
 _AT_ONCE = 1 << 29  # pixels that are decoded at once: pictures in their own size, of which a batch can hold many
 
+# What DALI raises for a batch that it cannot decode.
 DALI_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
@@ -47,7 +49,7 @@ class _Item:
 
 @dataclass
 class _Flight:
-    """A batch on its way. DALI reads the bytes where they lie, so they are kept here until it is collected."""
+    """A batch on its way. DALI reads the bytes where they lie, so they are kept here as long as it may."""
 
     n: int
     items: dict[int, _Item]  # place in the batch -> image; those that the headers ruled out are missing
@@ -62,7 +64,8 @@ class DaliDecoder:
     with one to three batches in flight). So a lost batch is decoded again in parts, until the bad images are found.
 
     On CUDA, JPEGs are decoded by nvJPEG: its pixels differ from those of the CPU by a few levels, and those of its
-    hardware decoder from its others.
+    hardware decoder from its others. What does not end as a JPEG does is left to PIL there, as other formats are
+    everywhere: whether it is bad must not depend on the device.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -71,6 +74,7 @@ class DaliDecoder:
         self._cuda = settings.device.type == "cuda"
         self._pool = ThreadPoolExecutor(settings.threads, "decode")
         self._peek = self._peek_pipeline()
+        self._read: deque[tuple[torch.cuda.Event, _Flight]] = deque()  # of which the GPU may still read the bytes
         self._decode = self._made(settings.batch, settings.depth)
         self._spare: Pipeline = None  # decodes lost batches; made for the first
         self._flights: deque[_Flight] = deque()  # after the pipelines, so that it is freed after them
@@ -78,9 +82,9 @@ class DaliDecoder:
     def submit(self, files: Sequence[bytes]) -> None:
         self._settings.check(files, len(self._flights))
         errors = {i: "the file is empty" for i, file in enumerate(files) if not file}
-        shapes = self._shapes({i: f for i, f in enumerate(files) if _is_jpeg(f)}, errors)
+        shapes = self._shapes({i: f for i, f in enumerate(files) if self._takes(f)}, errors)
         for i, file in enumerate(files):
-            if file and not _is_jpeg(file):
+            if file and not self._takes(file):
                 try:
                     picture = open_picture(file)
                     shapes[i] = picture.height, picture.width
@@ -96,8 +100,9 @@ class DaliDecoder:
         if at_once:
             items = self._plain(items, errors)
         if items and at_once:
-            self._feed(self._decode, list(items.values()))
-            self._decode.schedule_run()
+            with _fatal():
+                self._feed(self._decode, list(items.values()))
+                self._decode.schedule_run()
         self._flights.append(_Flight(len(files), items, errors, at_once))
 
     def collect(self) -> Decoded:
@@ -113,6 +118,7 @@ class DaliDecoder:
             return Decoded(images, flight.errors)
         try:
             images = self._share(self._decode)
+            self._keep(flight)
         except DALI_ERRORS as error:
             images = self.blank(n)
             self._salvage(items, error, images, flight.errors)
@@ -125,6 +131,7 @@ class DaliDecoder:
     def close(self) -> None:
         self._peek = self._decode = self._spare = None  # DALI ends its threads with the last reference,
         self._flights.clear()  # and only then do they no longer read these bytes
+        self._read.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _salvage(
@@ -160,12 +167,25 @@ class DaliDecoder:
         shape = (n, *self._settings.preprocess.crop, 3)
         return torch.zeros(shape, dtype=torch.uint8, device=self._settings.device)
 
+    def _keep(self, flight: _Flight) -> None:
+        """On CUDA, keeps what was collected until the GPU has made its pixels, and lets those go that it has made."""
+        if self._cuda:
+            made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            made.record(torch.cuda.current_stream(self._settings.device))
+            self._read.append((made, flight))
+            while self._read and self._read[0][0].query():  # type: ignore[no-untyped-call]
+                self._read.popleft()
+
+    def _takes(self, file: bytes) -> bool:
+        """Whether DALI is to decode a file: see the class."""
+        return file[:3] == b"\xff\xd8\xff" and (not self._cuda or file[-2:] == b"\xff\xd9")
+
     def _plain(self, items: dict[int, _Item], errors: dict[int, str]) -> dict[int, _Item]:
         """The same items, with what is no JPEG decoded to plain pixels; `errors` gains what cannot be.
 
         Damaged PNG and TIFF files crash DALI's own decoders for them, or never come back. PIL's pixels are the same.
         """
-        others = [i for i, item in items.items() if not _is_jpeg(item.data)]
+        others = [i for i, item in items.items() if not self._takes(item.data)]
         for i, made in zip(others, self._pool.map(_as_ppm, [items[i] for i in others]), strict=True):
             if isinstance(made, bytes):
                 items[i] = replace(items[i], data=made)
@@ -235,20 +255,22 @@ class DaliDecoder:
             pipeline.feed_input("offset", np.minimum(corner, 0).astype(np.int32))
 
     def _share(self, pipeline: Pipeline) -> torch.Tensor:
-        """The oldest batch of a decode pipeline, uint8 [N, H, W, 3], in DALI's own memory, freed with the tensor.
+        """The oldest batch of a decode pipeline, uint8 [N, H, W, 3].
 
-        Each batch has memory of its own as long as someone holds it: that is how DALI's dynamic executor (the
-        default) works. On CUDA it is bound to torch's current stream: DALI makes that wait for the batch, and frees
-        the memory in its order.
+        On a CPU it lies in DALI's own memory, freed with the tensor: each batch has memory of its own as long as
+        someone holds it, which is how DALI's dynamic executor (the default) works. On CUDA it is copied, on torch's
+        current stream, which DALI makes wait for the batch: what DALI lends there is given back by a thread of DALI's
+        that waits for the whole device.
         """
         stream = torch.cuda.current_stream(self._settings.device) if self._cuda else None
         (images,) = pipeline.share_outputs(cuda_stream=stream)
-        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
+        tensor: torch.Tensor = to_torch_tensor(images.as_tensor(), copy=self._cuda)
         pipeline.release_outputs()
         return tensor
 
     def _made(self, batch: int, depth: int) -> Pipeline:
-        return self._decode_pipeline(batch, depth)
+        with _fatal():
+            return self._decode_pipeline(batch, depth)
 
     def _peek_pipeline(self) -> Pipeline:
         """Files -> height, width, channels. 40,000 headers a second on one core."""
@@ -272,8 +294,9 @@ class DaliDecoder:
                 # Buffers of the hardware decoder only grow: they start at a usual photograph's size.
                 "preallocate_height_hint": 1024,
                 "preallocate_width_hint": 1024,
-                "hw_decoder_load": self._settings.hardware_share,
             }
+            if self._settings.hardware_share is not None:
+                options["hw_decoder_load"] = self._settings.hardware_share
         kind = {"nearest": types.INTERP_NN, "bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
         def source(name: str, dtype: Any) -> Any:
@@ -281,8 +304,7 @@ class DaliDecoder:
 
         pipeline = dali.Pipeline(batch, num_threads=self._settings.threads, device_id=gpu, prefetch_queue_depth=depth)
         with pipeline:
-            # The GPU may still read the bytes after a batch was collected, so there they are copied.
-            files = fn.external_source(name="files", dtype=types.UINT8, ndim=1, no_copy=not self._cuda)
+            files = fn.external_source(name="files", dtype=types.UINT8, ndim=1, no_copy=True)
             images = fn.decoders.image(files, output_type=types.RGB, adjust_orientation=False, **options)
             images = fn.resize(
                 images,
@@ -313,10 +335,6 @@ class DaliDecoder:
         for _ in range(depth):
             self._share(pipeline)
         return pipeline
-
-
-def _is_jpeg(data: bytes) -> bool:
-    return data[:3] == b"\xff\xd8\xff"
 
 
 def _as_ppm(item: _Item) -> bytes | str:
@@ -361,10 +379,20 @@ def _meaning(error: Exception) -> str:
     return type(error).__name__
 
 
+@contextmanager
+def _fatal() -> Iterator[None]:
+    """Whatever DALI raises inside cannot be blamed on a file; where the memory is short it says so."""
+    try:
+        yield
+    except DALI_ERRORS as error:
+        _raise_if_fatal(error)
+        raise
+
+
 def _raise_if_fatal(error: Exception) -> None:
     """What no file can be blamed for ends the run instead of being recorded as a bad image."""
     meaning = _meaning(error)
-    if re.search(r"\bcuda|out of memory|bad_alloc|failed to allocate|\bnvml", meaning, re.IGNORECASE):
+    if is_memory(meaning) or re.search(r"\bcuda|\bnvml", meaning, re.IGNORECASE):
         advice = "try a smaller batch, or the decoder torchvision"
-        memory = re.search(r"out of memory|bad_alloc|failed to allocate", meaning, re.IGNORECASE)
-        raise (OutOfMemory if memory else MaxactError)(f"decoder: dali failed ({meaning}); {advice}") from error
+        kind = OutOfMemory if is_memory(meaning) else MaxactError
+        raise kind(f"decoder: dali failed ({meaning}); {advice}") from error

@@ -58,8 +58,8 @@ class Settings:
     max_pixels: int
     """A picture of more, or one that would be resized to more, is refused by its header."""
     depth: int
-    hardware_share: float = 0.65
-    """Of JPEGs that a GPU's decoding hardware takes, where it has some."""
+    hardware_share: float | None = None
+    """Of JPEGs that a GPU's decoding hardware takes, where it has some; None is DALI's own choice."""
 
     @property
     def fill(self) -> tuple[int, int, int]:

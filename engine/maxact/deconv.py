@@ -44,7 +44,7 @@ from torch.overrides import TorchFunctionMode
 
 from maxact.config import Method, Seed
 from maxact.convolve import Window, Windows, convolve
-from maxact.errors import MaxactError
+from maxact.errors import MaxactError, is_memory
 from maxact.models import Normalised
 from maxact.tap import Tap
 
@@ -333,8 +333,8 @@ def _memory(images: torch.Tensor) -> Iterator[None]:
     """Says in a user's words that the memory does not suffice."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
             raise
         raise MaxactError(_NO_MEMORY.format(len(images), *images.shape[2:])) from error
 

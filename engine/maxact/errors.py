@@ -1,5 +1,10 @@
 """The errors that a user can mend: each is one line that says what is wrong, where, and what to do."""
 
+import re
+
+# how libraries say it that have no class for it: CUDA, cuBLAS and cuDNN, Triton, torch's allocator on a CPU
+_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|DefaultCPUAllocator|bad_alloc|failed to allocate", re.IGNORECASE)
+
 _LONGEST = 8000  # characters of a message: names may come from anywhere
 
 
@@ -23,6 +28,11 @@ class UsageError(MaxactError):
 
 class OutOfMemory(MaxactError):
     """A batch did not fit into the memory of the device."""
+
+
+def is_memory(error: BaseException | str) -> bool:
+    """Whether an error, or its message, says that the memory does not suffice."""
+    return isinstance(error, (OutOfMemory, MemoryError)) or bool(_MEMORY.search(str(error)))
 
 
 def one_line(text: str) -> str:

@@ -49,8 +49,8 @@ class Manifest:
                 "read it with the version of maxact that wrote it"
             )
         try:
-            settings = {"compile": False, "pooled": None} | values["settings"]  # older ones do not say so
-            values = values | {"settings": settings}
+            unsaid = {"compile": False, "pooled": None, "hardware_share": None}  # by older ones
+            values = values | {"settings": unsaid | values["settings"]}
             return cls(**(values | {"taps": tuple(Tap.from_json(tap) for tap in values["taps"])}))
         except (KeyError, TypeError, ValueError) as error:
             raise MaxactError(f"{path}: its attribute maxact is damaged ({error})") from error

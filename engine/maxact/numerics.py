@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -27,6 +28,37 @@ def numerics(threads: int) -> Iterator[None]:
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, a CUDA device is the current one of this thread: what libraries do without naming a device would
+    otherwise be done on the first one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def make_current(device: torch.device) -> None:
+    """Makes a CUDA device the current one of this thread, for good."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@contextmanager
+def rounded(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Convolutions and linear layers with weights in a precision of 16 bits, to which autocast would otherwise round
+    them for every batch again; then with their own. Other modules that share weights with them keep theirs."""
+    before = [
+        (module, name, weight)
+        for module in network.modules()
+        if type(module) in (nn.Conv2d, nn.Linear) and dtype.itemsize == 2
+        for name, weight in module.named_parameters(recurse=False)
+    ]
+    for module, name, weight in before:
+        setattr(module, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, weight in before:
+            setattr(module, name, weight)
 
 
 @contextmanager

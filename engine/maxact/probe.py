@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from maxact.catalog import Shard
 from maxact.config import ScanConfig
-from maxact.errors import OutOfMemory
+from maxact.errors import MaxactError, OutOfMemory, is_memory
 from maxact.numerics import give_back
 from maxact.scan import Job, running
 from maxact.tap import columns
@@ -68,8 +67,8 @@ def _fitting(job: Job, asked: ScanConfig, settings: ScanConfig) -> tuple[ScanCon
     while True:
         try:
             return settings, _try(job, settings)
-        except (OutOfMemory, torch.OutOfMemoryError):
-            if asked.batch is not None or settings.batch == 1:
+        except (MaxactError, RuntimeError) as error:
+            if not is_memory(error) or asked.batch is not None or settings.batch == 1:
                 raise
         half = (settings.batch or 2) // 2
         log.warning("out of memory with batches of %d: %d instead", settings.batch, half)
@@ -88,8 +87,8 @@ def fitting_together(jobs: Sequence[Job], batch: int, asked: bool) -> int:
                 for decoding, taps in networks:
                     taps(batches[decoding].images).result()
             return batch
-        except (OutOfMemory, torch.OutOfMemoryError):
-            if asked or batch == 1:
+        except (MaxactError, RuntimeError) as error:
+            if not is_memory(error) or asked or batch == 1:
                 raise
         log.warning("out of memory with batches of %d for all networks together: %d instead", batch, batch // 2)
         batch //= 2

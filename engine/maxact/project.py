@@ -27,7 +27,7 @@ from maxact.fetch import check_readable
 from maxact.field import Field
 from maxact.inputs import Input, Inputs, source_box
 from maxact.models import Normalised
-from maxact.numerics import kept_memory, numerics
+from maxact.numerics import current, kept_memory, numerics
 from maxact.partial import BadImage
 from maxact.preprocess import Preprocess
 from maxact.process import Tick
@@ -138,6 +138,7 @@ def project(
         readers=run.readers,
     )
     with (
+        current(job.device),
         images as inputs,
         numerics(run.threads or cores()),
         kept_memory(),

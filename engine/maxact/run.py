@@ -71,7 +71,7 @@ def scan(
     threads: int | None = None,
     readers: int = 16,
     decode_threads: int | None = None,
-    hardware_share: float = 0.65,
+    hardware_share: float | None = None,
     stall: float = 300.0,
     cluster: str | None = None,
     cpus_per_worker: int | None = None,
@@ -109,7 +109,7 @@ def scan(
     cluster: of Ray, `auto` or HOST:PORT: its nodes do the work (docs/clusters.md), a worker for each GPU, or for every
         `cpus_per_worker` CPUs (all of a node's, unless told otherwise) where there are none or devices is `cpu`.
     threads, readers, decode_threads: of each worker; the cores are shared unless told otherwise. hardware_share: of the
-        JPEGs that a GPU's decoding hardware takes, where it has some.
+        JPEGs that a GPU's decoding hardware takes, where it has some; 0.65 there unless told otherwise.
     max_bad: bad images that are borne before the run stops; 1 % unless told otherwise, but at least 10.
         retry_errors: scan the shards of recorded errors again.
     report: called after every batch, with how far it is.
@@ -190,10 +190,11 @@ def _scan_on(
         scores=cast(tuple[Score, ...], items(given.pop("score"))),
         **{
             name: given.pop(name)
-            for name in ("at", "top", "bottom", "precision", "batch", "shard", "decoder", "max_megapixels", "pooled")
+            for name in (
+                *("at", "top", "bottom", "precision", "batch", "shard", "decoder", "max_megapixels", "skip_grey"),
+                *("compile", "hardware_share", "pooled"),
+            )
         },
-        skip_grey=given.pop("skip_grey"),
-        compile=given.pop("compile"),
     )
     device = run.torch_device()
     # all that can be wrong with the arguments is found before anything is on disk

@@ -40,7 +40,7 @@ from maxact.project import project as project_blocks
 from maxact.provenance import describe_source
 from maxact.run_ray import joined
 from maxact.run_settle import Settling
-from maxact.settle import EXPLAINED
+from maxact.settle import explained
 from maxact.store import Store
 from maxact.tap import Tap
 
@@ -256,9 +256,7 @@ class _Pass:
         self._ledger.bad |= {bad.image: replace(bad, stage="project") for bad in settling.bad}
         self._commit()  # before the lists: once they are settled, nobody tries those images again
         settling.write()
-        precision = self._store.manifest.settings["precision"]
-        if settling.deviation > EXPLAINED[precision]:
-            log.warning(_DEVIATES, precision, settling.deviation)
+        self._compare(settling.deviation, self._store.manifest.settings["precision"])
 
     def _project(self, blocks: list[Block], device: torch.device) -> None:
         self._check_space(blocks)
@@ -382,8 +380,12 @@ class _Pass:
                 "%s: a part of the image does not give the whole one's score here; whole images were used", name
             )
         precision = "fp32" if self._settings.settle else self._store.manifest.settings["precision"]
-        if self._deviation > EXPLAINED[precision]:
-            log.warning(_DEVIATES, precision, self._deviation)
+        self._compare(self._deviation, precision)
+
+    def _compare(self, deviation: float, precision: str) -> None:
+        """Says so where scores are not those of the scan."""
+        if deviation > explained(precision, self._store.manifest.settings["hardware_share"] is not None):
+            log.warning(_DEVIATES, precision, deviation)
 
     def _keep_pictures(self) -> None:
         """Keeps the pictures of all images that were projected."""

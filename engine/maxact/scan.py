@@ -30,11 +30,11 @@ from maxact.catalog import Catalog, Shard
 from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import Decoder, make_decoder
 from maxact.dense import Dense, Target
-from maxact.errors import OutOfMemory
+from maxact.errors import OutOfMemory, is_memory
 from maxact.fetch import Unreadable
 from maxact.loader import Batch, load
 from maxact.models import Normalised
-from maxact.numerics import kept_memory, numerics
+from maxact.numerics import current, kept_memory, make_current, numerics
 from maxact.partial import BadImage, Tally
 from maxact.preprocess import Preprocess
 from maxact.process import Tick
@@ -103,7 +103,7 @@ def scan(
     """
     failure: Unreadable | OutOfMemory | None = None
     shard: int | None = None
-    with running(jobs, shards) as (loaded, networks), _Counter(count) as counter:
+    with running(jobs, shards) as (loaded, networks), _Counter(count, jobs[0].device) as counter:
         asked = time.perf_counter()
         try:
             for batches in loaded:  # uint8 [N, H, W, 3] of each decoding; the next ones are on their way
@@ -125,17 +125,20 @@ def scan(
                 asked = time.perf_counter()
         except (Unreadable, OutOfMemory) as error:
             failure = error
-        except torch.OutOfMemoryError as error:  # outside of the network: pixels, or the peaks' way out
-            failure = _short(jobs[0], error)
+        except RuntimeError as error:
+            failure = _short(jobs[0], error)  # outside of the network: pixels, or the peaks' way out
         try:
             yield from counter.rest()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             failure = failure or _short(jobs[0], error)
     if failure:
         raise failure
 
 
-def _short(job: Job, error: torch.OutOfMemoryError) -> OutOfMemory:
+def _short(job: Job, error: RuntimeError) -> OutOfMemory:
+    """That the memory does not suffice, in a user's words; raises the error where it says something else."""
+    if not is_memory(error):
+        raise error
     short = OutOfMemory(f"out of memory with batches of {job.settings.batch}")
     short.__cause__ = error
     return short
@@ -153,6 +156,7 @@ def running(
     threads = run.threads or cores()
     ways = list(dict.fromkeys(job.pixels for job in jobs))
     with ExitStack() as resources:
+        resources.enter_context(current(first.device))
         firsts = [next(job for job in jobs if job.pixels == way) for way in ways]
         decoders = [resources.enter_context(closing(decoder_of(job, job.device))) for job in firsts]
         resources.enter_context(numerics(threads))
@@ -187,7 +191,7 @@ def decoder_of(job: Job, device: torch.device) -> Decoder:
         device=device,
         max_pixels=int(settings.max_megapixels * 1e6),
         pictures=job.catalog.dataset is not None,
-        hardware_share=run.hardware_share,
+        hardware_share=settings.hardware_share,
     )
 
 
@@ -204,14 +208,14 @@ class _Counter(Generic[P]):
     """Counts batches on a thread of its own, in their order, shard by shard, and closes shards on another: closing one
     may write much (`dense.py`), and the next one is counted meanwhile."""
 
-    def __init__(self, count: Callable[[Shard], Sequence[Counting[P] | None]]) -> None:
-        self._count = count
+    def __init__(self, count: Callable[[Shard], Sequence[Counting[P] | None]], device: torch.device) -> None:
+        self._count, self._device = count, device
         self._shards: list[_Shard[P] | None] = []  # of the shard in hand
         self._counting: deque[Future[None]] = deque()
         self._closed: deque[Future[tuple[P | None, ...]]] = deque()
 
     def __enter__(self) -> _Counter[P]:
-        self._thread = ThreadPoolExecutor(1, "maxact-count")
+        self._thread = ThreadPoolExecutor(1, "maxact-count", make_current, (self._device,))  # whose events it waits for
         self._closer = ThreadPoolExecutor(1, "maxact-close")
         return self
 

@@ -27,8 +27,14 @@ from maxact_kernels.peaks import Peaks as Batch
 
 # Deviations beyond these shares of a score (or of its channel's standard deviation) are not rounding's. Errors of
 # 2 ** -11 and 2 ** -8 a layer add up over a deep network.
-EXPLAINED = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}
+_EXPLAINED = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}
+_DECODED = 0.1  # likewise, where a GPU's decoder made the scan's pixels: those of a CPU differ by some levels
 _STEP = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}  # between neighbouring numbers, as a share
+
+
+def explained(precision: str, on_gpu: bool) -> float:
+    """Up to which deviation a score may differ from that of the scan; `on_gpu` says where its images were decoded."""
+    return max(_EXPLAINED[precision], _DECODED if on_gpu else 0.0)
 
 
 def considered(ranks: int) -> int:

@@ -29,7 +29,7 @@ from maxact.store import Store
 
 T = TypeVar("T")
 log = logging.getLogger("maxact")
-_CHOSEN = ("precision", "batch", "shard", "compile")  # chosen when a store is started, and kept
+_CHOSEN = ("precision", "batch", "shard", "compile", "hardware_share")  # chosen when a store is started, and kept
 
 
 @dataclass(frozen=True)

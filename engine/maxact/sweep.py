@@ -29,7 +29,7 @@ class Setting:
     readers: int
     precision: Precision
     compile: bool
-    hardware_share: float = 0.65
+    hardware_share: float | None = None
 
     @classmethod
     def of(cls, job: Job) -> Setting:
@@ -43,18 +43,23 @@ class Setting:
             run.readers,
             settings.precision,
             bool(settings.compile),
-            run.hardware_share,
+            settings.hardware_share,
         )
 
     def apply(self, job: Job) -> Job:
         """The job, whose catalog is not repeated, with this setting."""
-        settings = replace(job.settings, batch=self.batch, precision=self.precision, compile=self.compile)
+        settings = replace(
+            job.settings,
+            batch=self.batch,
+            precision=self.precision,
+            compile=self.compile,
+            hardware_share=self.hardware_share,
+        )
         run = replace(
             job.run,
             threads=self.threads,
             decode_threads=self.decode_threads,
             readers=self.readers,
-            hardware_share=self.hardware_share,
         )
         catalog = repeated(job.catalog, self.batch)
         return replace(job, settings=settings.resolve(job.device), run=run, catalog=catalog)

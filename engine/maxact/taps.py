@@ -15,8 +15,9 @@ from torch import nn
 
 from maxact.compiled import compile_for
 from maxact.config import Precision
-from maxact.errors import MaxactError, OutOfMemory
+from maxact.errors import MaxactError, OutOfMemory, is_memory
 from maxact.models import Normalised
+from maxact.numerics import rounded
 from maxact.preprocess import one_line
 from maxact.tap import Tap
 from maxact_kernels import output as reduction
@@ -73,6 +74,7 @@ class Taps:
         self._resources = ExitStack()
         self._resources.enter_context(self._tapped)
         self._resources.enter_context(reduction.threads(self._threads))
+        self._resources.enter_context(rounded(self._tapped, self._dtype))
         self._side: torch.cuda.Stream | None = None
         self._ran = False
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._tapped
@@ -99,10 +101,8 @@ class Taps:
         ):
             try:
                 peaks = self._run(images)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                raise OutOfMemory(f"out of memory with batches of {len(images)}") from error
             except Exception as error:  # torch.compile's errors have no common base
-                if "DefaultCPUAllocator" in str(error):
+                if is_memory(error):
                     raise OutOfMemory(f"out of memory with batches of {len(images)}") from error
                 if self._compiled and not self._ran and not isinstance(error, MaxactError):
                     raise CannotCompile(f"torch.compile cannot take this network ({one_line(error)})") from error
@@ -118,7 +118,8 @@ class Taps:
         self._side.wait_stream(torch.cuda.current_stream(peaks.device))  # which need not be the current device
         with torch.cuda.stream(self._side):
             host.copy_(peaks, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # who waits for it leaves the core to others meanwhile
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(self._side)
         peaks.record_stream(self._side)  # its memory is not used again before the copy is done
         return Pending(Peaks.of(host), done)
