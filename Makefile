@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: $(READY)  ## scan real photographs through a real network, and show what it found
-	$(PYTHON) -m maxact.cli demo demo
+	$(PYTHON) -m maxact demo demo
 
 test: $(READY)  ## all tests that need no GPU
 	$(PYTHON) -m pytest -m "not gpu" -n logical --maxprocesses 4 --dist loadfile

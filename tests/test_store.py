@@ -372,6 +372,16 @@ def test_remove_leaves_room_for_a_new_store(finished: Store, tmp_path: Path) -> 
         Store.create(tmp_path / "x", finished.manifest, finished.catalog)
 
 
+def test_what_is_not_the_store_s_is_not_removed_with_it(finished: Store, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, tmp_path / "x")
+    (tmp_path / "x" / "notes").mkdir()
+    (tmp_path / "x" / "notes" / "thesis.tex").write_text("of the user")
+    before = contents(tmp_path)
+    with pytest.raises(MaxactError, match="x: notes is not the store's; move it elsewhere"):
+        Store.remove(tmp_path / "x")
+    assert contents(tmp_path) == before
+
+
 # The lock
 
 

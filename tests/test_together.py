@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import several
 from maxact import fetch, schedule
 from maxact.catalog import Catalog, Shard
 from maxact.errors import MaxactError, UsageError
+from maxact.models import load_model
 from maxact.partial import BadImage, Partial, Tally
 from maxact.process import Interrupted, Progress
 from maxact.run import store_path
@@ -134,6 +136,35 @@ def test_a_preprocessing_for_all_of_them(photos: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"resize": 20, "crop": (16, 18), "fit": "pad"}  # filled with the mean: two decodings
     together(photos, tmp_path / "x", **options)
     assert_same(tmp_path / "x", alone(photos, tmp_path / "y", **options))
+
+
+def test_how_often_an_image_is_decoded_is_said(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "maxact"):
+        together(photos, tmp_path / "x")
+        together(photos, tmp_path / "y", NAMES[:2])
+    said = [record.getMessage() for record in caplog.records if "decoded" in record.getMessage()]
+    assert said == [
+        "every image is decoded 2 times, for they want other pixels: several:first, several:second (resize 32, "
+        "crop [32, 32], interpolation bilinear); several:third (resize 40, crop [24, 28], interpolation bicubic)",
+        "every image is decoded once for all of them",
+    ]
+
+
+def test_the_readme_s_networks_share_their_decoding() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    found = set(re.findall(r"maxact scan (\w+(?:,\w+)+) ", readme))
+    assert found
+    for names in found:
+        ways = {load_model(name, weights="none").preprocess.without_normalisation() for name in names.split(",")}
+        assert len(ways) == 1, names
+
+
+def test_a_store_is_no_folder_for_stores(photos: Path, tmp_path: Path) -> None:
+    scan(photos, tmp_path / "x", NAMES[0])
+    before = contents(tmp_path)
+    with pytest.raises(MaxactError, match="x: is a store itself; the stores of several networks go into a folder"):
+        together(photos, tmp_path / "x")
+    assert contents(tmp_path) == before
 
 
 def test_weights_for_each_of_them(photos: Path, tmp_path: Path) -> None:

@@ -375,7 +375,3 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shard", type=int, metavar="N", help="images in a shard (4096)")
     group.add_argument("--overwrite", action="store_true", help="delete the store that is there and start again")
     group.add_argument("--quiet", action="store_true", help="no display, warnings only")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,11 +16,11 @@ def scan(model: str, images: list[str], store: str, quiet: bool, **settings: Any
     for name in ("layers", "where", "score"):
         settings[name] = settings[name] or (["max"] if name == "score" else [])
     source = images[0] if len(images) == 1 else images
-    models = model.split(",")
+    models = [name.strip() for name in model.split(",") if name.strip()] or [model]
     with display(quiet) as report:
         settings |= {"report": report, "native_log": True}
         if len(models) == 1:
-            done = [scan(model, source, store, **settings)]
+            done = [scan(models[0], source, store, **settings)]
         else:
             weights = settings.pop("weights")
             each = weights.split(",") if weights else [None]

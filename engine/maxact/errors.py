@@ -32,7 +32,9 @@ class OutOfMemory(MaxactError):
 
 def is_memory(error: BaseException | str) -> bool:
     """Whether an error, or its message, says that the memory does not suffice."""
-    return isinstance(error, (OutOfMemory, MemoryError)) or bool(_MEMORY.search(str(error)))
+    if isinstance(error, (OutOfMemory, MemoryError)) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    return bool(_MEMORY.search(str(error)))
 
 
 def one_line(text: str) -> str:

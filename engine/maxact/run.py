@@ -153,6 +153,8 @@ def scan_together(
     each = list(cast(Sequence[Any], weights)) if several else [weights] * len(networks)
     if len(each) != len(networks):
         raise UsageError(f"weights: expected one or {len(networks)}, got {len(each)}")
+    if Store.exists(folder):
+        raise MaxactError(f"{os.fspath(folder)}: is a store itself; the stores of several networks go into a folder")
     paths = [store_path(folder, network) for network in networks]
     if len(set(paths)) < len(paths):
         raise UsageError("networks: expected different names, for the stores are named after them")

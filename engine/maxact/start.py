@@ -18,8 +18,9 @@ from maxact.dense import FOLDER, size
 from maxact.errors import MaxactError
 from maxact.find import Found
 from maxact.local import call
-from maxact.manifest import Manifest
+from maxact.manifest import Manifest, shorten
 from maxact.models import Model
+from maxact.numerics import has_bf16
 from maxact.pooled import disk_bytes
 from maxact.probe import fitting_together, probe
 from maxact.process import show_bytes
@@ -125,6 +126,8 @@ def start(
             store.start_pooled()
             _log_start(manifest, each.found, device)
             opened[each.path] = store, replace(job, settings=settings)
+    if len(starts) > 1 and not all(store.manifest.finished for store, _ in opened.values()):
+        _log_decodings(starts, [opened[each.path][1] for each in starts])
     return [opened[each.path] for each in starts]
 
 
@@ -222,6 +225,23 @@ def _check_alike(store: Store, other: Store) -> None:
         raise MaxactError(f"{other.path}: has other {what} than {store.path}; scan these networks apart")
 
 
+def _log_decodings(starts: Sequence[Start], jobs: Sequence[Job]) -> None:
+    """Says how often an image is decoded, and why not once."""
+    ways: dict[Any, list[str]] = {}
+    for each, job in zip(starts, jobs, strict=True):
+        ways.setdefault(job.pixels, []).append(each.model.name)
+    if len(ways) == 1:
+        log.info("every image is decoded once for all of them")
+        return
+    terms = [preprocess.to_json() | {"decoder": decoder} for decoder, preprocess in ways]
+    differing = [name for name in terms[0] if len({str(each[name]) for each in terms}) > 1]
+    words = [
+        f"{', '.join(names)} ({', '.join(f'{name} {shorten(own[name])}' for name in differing)})"
+        for names, own in zip(ways.values(), terms, strict=True)
+    ]
+    log.warning("every image is decoded %d times, for they want other pixels: %s", len(ways), "; ".join(words))
+
+
 def _log_start(manifest: Manifest, found: Found, device: torch.device) -> None:
     settings = manifest.settings
     log.info(
@@ -236,6 +256,8 @@ def _log_start(manifest: Manifest, found: Found, device: torch.device) -> None:
         settings["batch"],
         ", compiled" if settings["compile"] else "",
     )
+    if settings["precision"] == "bf16" and device.type == "cpu" and not has_bf16():
+        log.warning("this processor does not multiply in bfloat16, so fp32 is faster here")
     smallest = min((pack["settings"]["short_side"] for pack in manifest.images.get("packed", ())), default=None)
     if smallest and smallest < manifest.preprocessing["resize"] and not manifest.preprocessing["function"]:
         log.warning("packed at a short side of %d, below the network's %d", smallest, manifest.preprocessing["resize"])

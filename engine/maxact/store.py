@@ -60,6 +60,7 @@ from maxact.topk import List
 from maxact.winners import Layout, Winners
 
 log = logging.getLogger("maxact")
+_FILES = ("zarr.json", "images.parquet", "errors.parquet", "thumbs.parquet", "run", FOLDER)  # beside the taps
 _ADVICE = "make room there and run the same again (without --overwrite) to go on"
 
 
@@ -95,8 +96,13 @@ class Store:
     @staticmethod
     def remove(path: str | os.PathLike[str]) -> None:
         """Deletes the store at `path`, if it is one. The catalog and `run/`, with the lock that the caller holds,
-        stay: `create` replaces them."""
+        stay: `create` replaces them. Raises MaxactError where the folder holds anything else."""
         store = Store(path)
+        ours = {*_FILES, *(tap.name for tap in store.manifest.taps)}
+        others = {entry.name for entry in store.path.iterdir()} - ours
+        others -= {left.name for left in leftovers(store.path.iterdir())}
+        if others:
+            raise MaxactError(f"{path}: {min(others)} is not the store's; move it elsewhere, then run the same again")
         with writing(path):
             # cut short, it is a store of the same scan in which nothing is done yet
             store.reopen()

@@ -1,0 +1,5 @@
+"""`python -m maxact`: the command line."""
+
+from maxact.cli import main
+
+raise SystemExit(main())
