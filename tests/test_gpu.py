@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from PIL import Image
 from torch import nn
 
 import maxact
@@ -154,6 +155,23 @@ def test_a_scan_finds_what_the_cpu_finds(tmp_path: Path) -> None:
         candidates = zarr.open(tmp_path / "fp16.zarr")[f"{tap}/max/top/candidates/image"][:]
         kept = [set(row) <= set(more) for row, more in zip(image, candidates, strict=True)]
         assert np.mean(kept) > 0.99
+
+
+def test_pictures_without_colour_and_empty_places(tmp_path: Path) -> None:
+    paths = write_photographs(tmp_path / "photos", 40)
+    for path in paths[5:30:6]:
+        with Image.open(path) as picture:
+            picture.convert("L").save(path)
+    for path in paths[3:40:9]:
+        path.write_bytes(path.read_bytes()[:-200])
+    settings = {"weights": "none", "crop": 64, "resize": 64, "batch": 8, "skip_grey": True, "precision": "fp32"}
+    found = []
+    for device in ("cpu", "cuda:0"):
+        store = maxact.scan("resnet18", tmp_path / "photos", tmp_path / device[:3], top=40, devices=device, **settings)  # type: ignore[arg-type]
+        bad = store.errors()["image"].to_pylist()
+        found.append((bad, (store.manifest.summary or {})["grey"], np.sort(store["fc"].lists["max", "top"][0][0])))
+    assert found[0][:2] == found[1][:2]
+    np.testing.assert_array_equal(found[0][2], found[1][2])
 
 
 def test_the_same_scan_again_gives_the_same_bits(tmp_path: Path) -> None:

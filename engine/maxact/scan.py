@@ -176,7 +176,23 @@ def running(
             network = Normalised(job.network, job.preprocess).to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             taps = Taps(network, job.taps, job.settings.precision, threads, bool(job.settings.compile))
             networks.append((ways.index(job.pixels), resources.enter_context(taps)))
-        yield loaded, networks
+        yield (_apart(loaded, first.device) if first.device.type == "cuda" else loaded), networks
+
+
+def _apart(loaded: Iterator[tuple[Batch, ...]], device: torch.device) -> Iterator[tuple[Batch, ...]]:
+    """The same batches, made on a stream of their own: what has to wait for pixels there (grey pictures, empty places)
+    does not wait for the network, which is at the batch before."""
+    pixels = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    while True:
+        with torch.cuda.stream(pixels):
+            batches = next(loaded, None)
+        if batches is None:
+            return
+        networks = torch.cuda.current_stream(device)
+        networks.wait_stream(pixels)
+        for batch in batches:
+            batch.images.record_stream(networks)  # their memory is not used again before the networks are done
+        yield batches
 
 
 def decoder_of(job: Job, device: torch.device) -> Decoder:
