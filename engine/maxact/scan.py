@@ -279,7 +279,7 @@ class _Counter(Generic[P]):
 
 
 def _count(counting: Counting[P], peaks: Pending, numbers: NDArray[np.int64]) -> None:
-    counting.add(peaks.result(), numbers)  # on a GPU, the one place where the host waits for the device
+    counting.add(peaks.result(), numbers)  # on a GPU, the one place where the host waits for a network
 
 
 def _close(shards: Sequence[_Shard[P] | None], counting: Sequence[Future[None]]) -> tuple[P | None, ...]:
