@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common import arguments, finish, photographs
+from common import arguments, finish, photographs, resident
 from maxact.catalog import Catalog
 from maxact.config import RunConfig, ScanConfig, cores
 from maxact.decode import make_decoder
@@ -32,12 +32,6 @@ from maxact.numerics import kept_memory, numerics
 from maxact.scan import Job, scan
 
 POINTS = 10  # so often a run looks its memory up
-
-
-def resident(field: str = "VmRSS") -> float:
-    """Resident memory of this process in MB, or its peak ("VmHWM"); getrusage's would begin with the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 @dataclass(frozen=True)
