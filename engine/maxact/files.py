@@ -6,12 +6,15 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from maxact.errors import MaxactError
+
+_SYNCING = 16  # files at a time
 
 
 @contextmanager
@@ -64,11 +67,14 @@ def leftovers(paths: Iterable[Path]) -> list[Path]:
 
 
 def sync_tree(path: Path) -> None:
-    """Makes every file in a folder, and in those below it, survive a loss of power."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            sync_file(Path(folder, name))
-        sync_folder(Path(folder))
+    """Makes every file in a folder, and in those below it, survive a loss of power: many at a time, for a disk makes
+    many safe in about the time of one."""
+    found = list(os.walk(path))
+    with ThreadPoolExecutor(_SYNCING, "maxact-sync") as pool:
+        for _ in pool.map(sync_file, (Path(folder, name) for folder, _, names in found for name in names)):
+            pass
+        for _ in pool.map(sync_folder, (Path(folder) for folder, *_ in found)):
+            pass
 
 
 def sync_file(path: Path) -> None:
