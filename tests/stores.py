@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -118,13 +119,15 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
 
 def die_at(number: int) -> Callable[[], int]:
     """Kills this process at the `number`-th call, from 1, that renames, syncs or deletes a file; gives a count."""
-    count = 0
+    count, lock = 0, threading.Lock()
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def instead(*arguments: Any, **options: Any) -> Any:
             nonlocal count
-            count += 1
-            if count == number:
+            with lock:  # files are synced on many threads
+                count += 1
+                here = count
+            if here == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
 

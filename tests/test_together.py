@@ -159,6 +159,21 @@ def test_the_readme_s_networks_share_their_decoding() -> None:
         assert len(ways) == 1, names
 
 
+def test_two_checkpoints_of_one_network(photos: Path, tmp_path: Path) -> None:
+    networks = [several.First().eval() for _ in range(2)]
+    for number, network in enumerate(networks):
+        torch.save(network.state_dict(), tmp_path / f"{number}.pth")
+    files = ",".join(f"{tmp_path}/{number}.pth" for number in range(2))
+    names = "old=several:first,new=several:first"
+    done = command("scan", names, photos, tmp_path / "x", *ARGUMENTS, "--weights", files)
+    assert done.wait() == 0
+    together(photos, tmp_path / "y", {"old": NAMES[0], "new": NAMES[0]}, weights=files.split(","))
+    assert_same(tmp_path / "x", tmp_path / "y")
+    for name, number in (("old", 0), ("new", 1)):
+        scan(photos, tmp_path / "z" / f"{name}.zarr", NAMES[0], weights=tmp_path / f"{number}.pth")
+    assert_same(tmp_path / "x", tmp_path / "z")
+
+
 def test_a_store_is_no_folder_for_stores(photos: Path, tmp_path: Path) -> None:
     scan(photos, tmp_path / "x", NAMES[0])
     before = contents(tmp_path)

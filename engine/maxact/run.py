@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
@@ -124,7 +124,7 @@ def scan(
 
 
 def scan_together(
-    networks: Sequence[str | nn.Module],
+    networks: Sequence[str | nn.Module] | Mapping[str, str | nn.Module],
     images: object,
     folder: str | os.PathLike[str],
     *,
@@ -137,6 +137,7 @@ def scan_together(
     Each network gets a store of its own, `folder/NAME.zarr` (see `store_path`), the same as a scan of its own with
     the same batch would give it; the scans can be stopped and continued together or apart.
 
+    networks: named after themselves, or by the names in a mapping, as two checkpoints of one network have to be.
     weights: for each network, or for all. settings: as of `scan`; they are for all of the networks. Raises what
     `scan` raises, and UsageError for two networks of one name.
     """
@@ -155,10 +156,11 @@ def scan_together(
         raise UsageError(f"weights: expected one or {len(networks)}, got {len(each)}")
     if Store.exists(folder):
         raise MaxactError(f"{os.fspath(folder)}: is a store itself; the stores of several networks go into a folder")
-    paths = [store_path(folder, network) for network in networks]
+    names, chosen = [*networks], [*networks.values()] if isinstance(networks, Mapping) else [*networks]
+    paths = [store_path(folder, name) for name in names]
     if len(set(paths)) < len(paths):
-        raise UsageError("networks: expected different names, for the stores are named after them")
-    return tuple(_scan(networks, images, paths, **(defaults | settings | {"weights": each})))
+        raise UsageError("networks: expected different names, for the stores bear them (NAME=MODEL gives others)")
+    return tuple(_scan(chosen, images, paths, **(defaults | settings | {"weights": each})))
 
 
 def store_path(folder: str | os.PathLike[str], network: str | nn.Module) -> Path:
