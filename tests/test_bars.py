@@ -61,6 +61,20 @@ def test_reading_can_be_the_limit() -> None:
     assert found[-2].keys() == {"read"} and found[-2]["read"] == found[0]["read"]
 
 
+@pytest.mark.parametrize(
+    ("cpus", "limit"),
+    [
+        ({"decode": 2.0}, {"forward": 8.0, "decode": 1.0}),  # on two cores
+        ({"decode": 2.0, "forward": 8.0}, {"forward": 8.0}),  # 5 ms of both cores, but no faster than alone
+    ],
+)
+def test_the_limit_is_made_of_what_stages_take_of_the_cores(cpus: dict[str, float], limit: dict[str, float]) -> None:
+    found = bars(np.asarray(draw_bars(made(WALLS, cpus=cpus))))
+    unit = found[-1]["scan"] / WALLS["scan"]
+    assert found[-2].keys() == limit.keys()
+    assert all(found[-2][name] == pytest.approx(ms * unit, abs=1) for name, ms in limit.items())
+
+
 def test_the_bottleneck_is_named() -> None:
     """Two results that differ in nothing that is drawn but which stage is the slowest."""
 

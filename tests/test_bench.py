@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
@@ -19,11 +20,13 @@ from torch import nn
 import maxact
 import tiny
 from maxact import cli, loops, stages
+from maxact import sweep as sweeping
 from maxact.bench import bench
 from maxact.catalog import Catalog
+from maxact.config import cores
 from maxact.errors import MaxactError, UsageError
 from maxact.preprocess import Preprocess
-from maxact.sweep import Setting, choices, sweep
+from maxact.sweep import Point, Setting, best, choices, sweep
 from maxact.verdict import Bench, Rule, Stage
 from stores import names
 from support import make_job, write_photographs
@@ -71,6 +74,7 @@ def test_stages(result: Bench) -> None:
     for stage in result.stages:
         assert len(stage.costs) == 2 and all(cost.wall > 0 and cost.cpu >= 0 for cost in stage.costs)
         assert stage.rate == 1 / median(cost.wall for cost in stage.costs)
+        assert stage.spread == tuple(sorted(1 / cost.wall for cost in stage.costs))
         assert result[stage.name] is stage and stage.name in result
     assert (result.model, result.weights[:2], result.images, result.taps) == ("tiny:network", "as", 21, 3)
     assert result.channels == 18 and 0 <= result.waiting <= 1 and result.points == ()
@@ -81,16 +85,28 @@ def test_stages(result: Bench) -> None:
 
 
 def test_limit_follows_from_the_stages(result: Bench) -> None:
-    """By the rule that is stated: decoding and the network share the cores, reading goes on beside them."""
+    """By the rule that is stated: decoding and the network share the cores, and no stage is faster than alone."""
     facts = result.to_json()
-    walls = {
-        stage["name"]: float(np.median([cost["wall"] for cost in stage["seconds per image"]]))
-        for stage in facts["stages"]
+    costs = {stage["name"]: stage["seconds per image"] for stage in facts["stages"]}
+    here = cores()
+
+    def limit(wall: dict[str, float], cpu: dict[str, float]) -> float:
+        return 1 / max((cpu["decode"] + cpu["forward"]) / here, wall["read"], wall["decode"], wall["forward"])
+
+    middle = {
+        kind: {name: float(np.median([cost[kind] for cost in each])) for name, each in costs.items()}
+        for kind in ("wall", "cpu")
     }
-    expected = 1 / max(walls["read"], walls["decode"] + walls["forward"])
-    assert facts["limit"] == pytest.approx(expected, rel=1e-12)
-    assert facts["share"] == pytest.approx(1 / walls["scan"] / expected, rel=1e-12)
-    assert "1 / (1 / forward + 1 / decode), read" in facts["rule"]["words"]
+    assert facts["limit"] == pytest.approx(limit(**middle), rel=1e-12)
+    rounds = [
+        {kind: {name: each[number][kind] for name, each in costs.items()} for kind in ("wall", "cpu")}
+        for number in range(2)
+    ]
+    shares = [1 / each["wall"]["scan"] / limit(**each) for each in rounds]
+    assert facts["shares"] == pytest.approx(shares, rel=1e-12)
+    assert facts["share"] == pytest.approx(np.median(shares), rel=1e-12)
+    assert facts["rule"]["cores"] == here
+    assert f"{here} / (CPU of forward + CPU of decode), forward, decode, read" in facts["rule"]["words"]
 
 
 def test_json(result: Bench) -> None:
@@ -104,6 +120,7 @@ def test_json(result: Bench) -> None:
 def test_words(result: Bench) -> None:
     columns, rows = result.rows()
     assert [row[0] for row in rows] == STAGES and all(len(row) == len(columns) for row in rows)
+    assert all(" to " in str(row[columns.index("least to most")]) for row in rows)
     lines = result.lines()
     assert [line.split()[0] for line in lines[:3]] == ["limit", "scan", "bottleneck"] and len(lines) > 3
     assert lines[2].split()[1] == result.bottleneck
@@ -209,8 +226,17 @@ def test_counting_takes_whole_shards(photos: Path) -> None:
 # What follows from it
 
 
-def made(walls: dict[str, float], waiting: float = 0.0, cuda: bool = False, **settings: Any) -> Bench:
-    """A result with so many milliseconds an image for each stage."""
+def made(
+    walls: dict[str, float],
+    waiting: float = 0.0,
+    cuda: bool = False,
+    cpus: Mapping[str, float] | None = None,
+    bf16: str = "yes",
+    **settings: Any,
+) -> Bench:
+    """A result with so many milliseconds an image for each stage, on two cores, and so many of CPU time: unless told
+    otherwise those of both cores all the time."""
+    spent = {name: 2 * wall for name, wall in walls.items()} | dict(cpus or {})
     compiled = "compiled forward" in walls
     network = "compiled forward" if compiled else "forward"
     beside = tuple(name for name in ("read", "decode", "copy", network) if name in walls)
@@ -219,9 +245,9 @@ def made(walls: dict[str, float], waiting: float = 0.0, cuda: bool = False, **se
     return Bench(
         *("net", "none", 100, 3, 64),
         chosen | {"decoder": "dali", "device": "cuda" if cuda else "cpu"} | settings,
-        {"cpu": "a processor", "cores": "2", "device": "cpu"},
-        tuple(Stage(name, (loops.Cost(wall / 1000, wall / 1000),)) for name, wall in walls.items()),
-        Rule((), beside) if cuda else Rule((network, "decode"), ("read",)),
+        {"cpu": "a processor", "cores": "2", "bf16": bf16, "device": "cpu"},
+        tuple(Stage(name, (loops.Cost(wall / 1000, spent[name] / 1000),)) for name, wall in walls.items()),
+        Rule((), beside) if cuda else Rule((network, "decode"), ("read",), 2),
         waiting,
     )
 
@@ -254,8 +280,93 @@ def test_bottleneck(cuda: bool, walls: dict[str, float], limit: float, bottlenec
     assert any(advice in words for words in found.advice)
 
 
+WALLS = {"read": 1.0, "decode": 2.0, "forward": 8.0, "taps": 8.3, "heaps": 0.1, "scan": 12.5}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "limit", "parts", "bottleneck"),
+    [
+        ({}, 100.0, {"forward": 8.0, "decode": 2.0}, "forward"),  # both fill both cores: 2 / (16 + 4 ms)
+        ({"decode": 2.0}, 1000 / 9, {"forward": 8.0, "decode": 1.0}, "forward"),  # 2 / (16 + 2)
+        # the network on one core and the decoder on the other: (8 + 2) / 2 ms, but no faster than the network alone
+        ({"forward": 8.0, "decode": 2.0, "taps": 8.3}, 125.0, {"forward": 8.0}, "forward"),
+        ({"forward": 13.0, "decode": 4.0}, 1000 / 8.5, {"forward": 6.5, "decode": 2.0}, "forward"),
+    ],
+)
+def test_limit_where_cores_are_left(
+    cpus: dict[str, float], limit: float, parts: dict[str, float], bottleneck: str
+) -> None:
+    """Worked out by hand: what stages that share the cores leave of them others can have."""
+    found = made(WALLS, cpus=cpus)
+    assert found.limit == pytest.approx(limit)
+    assert {name: 1000 * seconds for name, seconds in found.parts.items()} == pytest.approx(parts)
+    assert found.share == pytest.approx(80 / limit) and found.bottleneck == bottleneck
+
+
+def test_a_stage_alone_can_be_the_limit() -> None:
+    """A decoder on one core that is slower than the network: the cores have time for both."""
+    found = made(WALLS | {"decode": 10.0}, cpus={"decode": 10.0, "forward": 8.0, "taps": 8.3})
+    assert found.limit == pytest.approx(100) and found.bottleneck == "decode"
+    assert found.parts == pytest.approx({"decode": 0.01})
+    # what each needs of the cores counts, not how long it takes on the clock by itself
+    found = made(WALLS | {"decode": 9.0}, cpus={"decode": 9.0})
+    assert found.limit == pytest.approx(2000 / 25) and found.bottleneck == "forward"
+
+
+def test_cuda_stages_go_on_side_by_side() -> None:
+    """However much CPU time they take."""
+    found = made(WALLS, cuda=True, cpus={"forward": 100.0, "decode": 100.0})
+    assert found.limit == pytest.approx(125) and not any("cores busy" in words for words in found.advice)
+
+
+def test_cores_busy() -> None:
+    found = made(WALLS, cpus={"forward": 10.0, "decode": 2.0})
+    columns, rows = found.rows()
+    shown = {row[0]: row[columns.index("cores busy")] for row in rows}
+    assert shown == {"read": 2.0, "decode": 1.0, "forward": 1.25, "taps": 2.0, "heaps": 2.0, "scan": 2.0}
+    facts = {stage["name"]: stage["cores busy"] for stage in found.to_json()["stages"]}
+    assert facts["forward"] == pytest.approx(1.25)
+    words = (
+        "keeps 1.2 of 2 cores busy: unless something else runs here, try a larger --batch than 32, `--devices cpu:2`"
+    )
+    assert any(words in advice for advice in found.advice)
+    assert any("keeps 1.6 of" in advice for advice in made(WALLS, cpus={"forward": 12.7}).advice)
+    assert not any("cores busy" in advice for advice in made(WALLS, cpus={"forward": 12.9}).advice)
+
+
+def test_the_share_is_that_of_rounds() -> None:
+    """A machine that is twice as slow in one round: its stages are, too, so nothing is to be seen in the shares."""
+    pace = {"forward": 8, "decode": 2, "read": 1, "taps": 8, "heaps": 1, "scan": 12.5}
+    speeds = [(1, 1.0), (2, 1.1), (4, 0.9)]  # of the machine, and of the scan besides
+    stages_ = tuple(
+        Stage(
+            name,
+            tuple(
+                loops.Cost(ms * slow / 1000 * (scan if name == "scan" else 1), 2 * ms * slow / 1000)
+                for slow, scan in speeds
+            ),
+        )
+        for name, ms in pace.items()
+    )
+    found = replace(made(WALLS), stages=stages_)
+    assert found.shares == pytest.approx((0.8, 0.8 / 1.1, 0.8 / 0.9)) and found.share == pytest.approx(0.8)
+    assert found["scan"].spread == pytest.approx((1000 / 45, 80))
+    assert "80% of the limit (73% to 89% in 3 rounds)" in found.lines()[1]
+    columns, rows = found.rows()
+    assert {row[0]: row[columns.index("least to most")] for row in rows}["forward"] == "31.2 to 125"
+    assert found.to_json()["stages"][0]["least and most"] == pytest.approx([31.25, 125])
+
+
+def test_bf16_is_no_advice_where_there_is_none() -> None:
+    assert any("--precision bf16" in words for words in made(WALLS).advice)
+    assert not any("bf16" in words for words in made(WALLS, bf16="no").advice)
+    assert any("--precision fp16" in words for words in made(WALLS, cuda=True, bf16="no").advice)
+    found = made(WALLS | {"compiled forward": 8.0}, bf16="no")
+    assert any("scan's time: try another --batch than 32" in words for words in found.advice)
+
+
 def test_waiting_is_said() -> None:
-    walls = {"read": 1.0, "decode": 2.0, "forward": 8.0, "taps": 8.3, "heaps": 0.1, "scan": 15.0}
+    walls = WALLS | {"scan": 15.0}
     assert not any("waits" in words for words in made(walls, 0.05).advice)
     assert any("40% of the time: try more --decode-threads than 2" in words for words in made(walls, 0.4).advice)
     assert any("--readers than 16" in words for words in made(walls | {"read": 5.0}, 0.4).advice)
@@ -268,6 +379,8 @@ def test_sweep(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     """Every choice of every part once, and a command line that scans as it says."""
     reports: list[tuple[int, int]] = []
     options = {"layers": ["3"], "resize": 40, "mean": (0.5, 0.5, 0.5), **SHORT, "rounds": 1}
+    images = {"where": ["c*", "r*"], "sample": 8, "seed": 3, "limit": 6}
+    options |= images | {"score": ["max", "mean"], "top": 4, "bottom": 2}
     found = bench("test_bench:plain", str(photos), sweep=True, report=lambda *report: reports.append(report), **options)
     first = found.points[0].setting
     assert first == Setting(4, 1, 1, 4, "fp32", False)
@@ -277,24 +390,122 @@ def test_sweep(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         name: {getattr(first, name), *values} for name, values in parts.items()
     }
     assert len(found.points) == 1 + sum(map(len, parts.values())) and all(point.rate for point in found.points)
-    assert reports[-1] == (len(found.points), len(found.points))
+    assert (len(found.points), len(found.points)) in reports and reports[-1][0] == reports[-1][1]
     columns, rows = found.tried()
-    assert len(rows) == len(found.points) and len(columns) == len(rows[0])
+    assert len(rows) == len(found.points) and len(columns) == len(rows[0]) and "hardware share" not in columns
     facts = found.to_json()
     assert json.loads(json.dumps(facts)) == facts and found.lines()[-1].endswith(found.exact or found.command)
 
     words = shlex.split(found.command)
     assert words[:5] == ["maxact", "scan", "test_bench:plain", str(photos), "STORE"]
+    assert found.exact.split()[:5] in ([], words[:5])
     words[4] = str(tmp_path / "store.zarr")
     assert cli.main(words[1:]) == 0
-    assert "21 of 21 images" in capsys.readouterr().out
-    settings = maxact.open(words[4]).manifest.settings
-    fastest = max(found.points, key=lambda point: point.rate or 0.0).setting
-    best = [found.points[0].setting, fastest]  # where that is hardly faster, the first stays
-    assert (settings["batch"], settings["precision"], settings["compile"]) in [
-        (setting.batch, setting.precision, setting.compile) for setting in best
-    ]
+    assert "6 of 6 images" in capsys.readouterr().out
+    manifest = maxact.open(words[4]).manifest
+    settings = manifest.settings
+    assert images.items() <= manifest.images.items()
+    assert {"scores": ["max", "mean"], "top": 4, "bottom": 2}.items() <= settings.items()
+    chosen = best(found.points).setting
+    assert (settings["batch"], settings["precision"], settings["compile"]) == (
+        *(chosen.batch, chosen.precision, chosen.compile),
+    )
     assert settings["layers"] == ["3"] and settings["decoder"] == "torchvision"
+
+
+class Timed:
+    """In place of trying a setting: how fast it is by its batch, the next of these rates every time."""
+
+    def __init__(self, **rates: list[float | None]) -> None:
+        self.rates = {int(name[1:]): iter(each) for name, each in rates.items()}
+        self.order: list[int] = []
+
+    def __call__(self, setting: Setting, job: Any, seconds: float) -> Point:
+        self.order.append(setting.batch)
+        rate = next(self.rates[setting.batch])
+        return Point(setting, rate, None if rate else "no more")
+
+
+FIRST = Setting(8, 2, 2, 4, "fp32", False)
+TRIED = [
+    Point(FIRST, 100.0),
+    Point(replace(FIRST, batch=16), 150.0),
+    Point(replace(FIRST, batch=32, precision="bf16"), 200.0),
+    Point(replace(FIRST, batch=64), None, "out of memory"),
+]
+
+
+def again(monkeypatch: pytest.MonkeyPatch, timed: Timed, points: list[Point], rounds: int = 3) -> list[Point]:
+    monkeypatch.setattr("maxact.sweep._try", timed)
+    return [*sweeping.again(points, None, 1.0, rounds, lambda done, total: None)]  # type: ignore[arg-type]
+
+
+def test_the_best_is_measured_again_beside_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn; what counts is the median of the rounds' ratios, not what the sweep had found."""
+    timed = Timed(b8=[100, 200, 100], b16=[120, 240, 90], b32=[150, 320, 160])
+    points = again(monkeypatch, timed, TRIED)
+    assert timed.order == [8, 16, 32] * 3
+    assert [point.again for point in points] == [(100, 200, 100), (120, 240, 90), (150, 320, 160), ()]
+    assert [point.rate for point in points] == [100.0, 150.0, 200.0, None]
+    assert sweeping.gains(points[0], points[2]) == [1.5, 1.6, 1.6]
+    assert best(points) is points[2] and best(sweeping.of_one_precision(points)) is points[1]
+    found = replace(made(WALLS), points=tuple(points))
+    assert "the best setting that was tried is 1.60 times as fast as this one (1.50 to 1.60 in 3 rounds, in turn)" in (
+        found.advice
+    )
+    assert "the best in fp32 is 1.20 times as fast as this one (0.90 to 1.20 in 3 rounds, in turn)" in found.advice
+    columns, rows = found.tried()
+    assert [row[columns.index("again")] for row in rows] == [100, 120, 160, None]
+    assert "hardware share" not in columns
+
+
+def test_what_was_luck_in_a_sweep_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(b8=[100, 100], b16=[101, 100], b32=[100, 102])
+    points = again(monkeypatch, timed, TRIED, rounds=2)
+    assert best(points) is points[0]
+    words = "the best setting that was tried is this one; tried again, another was 1.01 times as fast as this one"
+    assert any(said.startswith(words) for said in replace(made(WALLS), points=tuple(points)).advice)
+
+
+def test_what_fails_when_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = again(monkeypatch, Timed(b8=[100, 100], b16=[150, 150], b32=[None, 200]), TRIED, rounds=2)
+    assert points[2].rate is None and points[2].error == "no more" and best(points) is points[1]
+    points = again(monkeypatch, Timed(b8=[None, 100], b16=[150, 150], b32=[200, 200]), TRIED, rounds=2)
+    assert best(points) is points[2]
+    said = replace(made(WALLS), points=tuple(points)).advice
+    assert "the best setting that was tried runs where this one failed" in said
+
+
+def test_nothing_is_tried_again_where_the_first_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed()
+    assert again(monkeypatch, timed, [TRIED[0], TRIED[3]]) == [TRIED[0], TRIED[3]] and timed.order == []
+    assert best([TRIED[0], TRIED[3]]) == TRIED[0]
+
+
+def test_choices_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr("maxact.sweep.has_bf16", lambda: True)
+    assert choices(FIRST, device)["precision"] == ("bf16",)
+    monkeypatch.setattr("maxact.sweep.has_bf16", lambda: False)
+    assert choices(FIRST, device)["precision"] == ()
+    assert choices(replace(FIRST, precision="bf16"), device)["precision"] == ("fp32",)
+    assert "bf16" in choices(FIRST, torch.device("cuda"))["precision"]
+
+
+def test_what_is_scanned_is_what_is_measured(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which images, and what is kept of them."""
+    jobs: list[Any] = []
+    heaps = stages.heaps
+    monkeypatch.setattr(stages, "heaps", lambda job, peaks: jobs.append(job) or heaps(job, peaks))
+    monkeypatch.setattr("maxact.catalog.TOLD", 10)
+    counts: list[int] = []
+    chosen: dict[str, Any] = {"where": ["c*", "r*"], "sample": 5, "seed": 3, "limit": 4}
+    kept: dict[str, Any] = {"score": ("max", "mean"), "top": 3, "bottom": 2}
+    found = bench("tiny:network", photos, listed=counts.append, **chosen, **kept, **(SHORT | {"rounds": 1}))
+    (job,) = jobs
+    assert found.images == 4 and job.catalog.table.equals(Catalog.build(photos, **chosen).table) and counts == [10, 20]
+    ends = {"top": 3, "bottom": 2}
+    assert job.settings.kept() == {(score, end): k for score in ("max", "mean") for end, k in ends.items()}
 
 
 def test_a_setting_that_fails_is_a_point(photos: Path) -> None:
@@ -333,12 +544,21 @@ def test_options(options: dict[str, Any], words: list[str]) -> None:
         ({"devices": "nothing"}, UsageError, "devices"),
         ({"at": "nowhere"}, UsageError, "at"),
         ({"decoder": "nothing"}, UsageError, "decoder"),
+        ({"top": 0}, UsageError, "top: expected 1"),
+        ({"score": "least"}, UsageError, "scores"),
+        ({"limit": 0}, UsageError, "limit must be at least 1"),
+        ({"where": "nowhere"}, MaxactError, "nowhere"),
     ],
 )
 def test_bad_arguments(photos: Path, options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
         bench("tiny:network", photos, **(SHORT | options))
     assert "\n" not in str(caught.value)
+
+
+def test_one_network_at_a_time() -> None:
+    with pytest.raises(UsageError, match="bench measures one network at a time, got 'alexnet,vgg16'"):
+        bench("alexnet,vgg16", "nowhere")
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture"])

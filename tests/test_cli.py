@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -230,6 +231,58 @@ def test_info_of_a_store_with_errors(run: Run, photos: Path, inside: Path) -> No
     assert done.err.splitlines()[-1].endswith(", 2 bad")
     info = run("info", "x.zarr")
     assert "bad images" in info.out and "astronaut/000.jpg" in info.out and "decode" in info.out
+
+
+def test_bench(run: Run, photos: Path, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for arrives, and what is found is written where it is to be."""
+    module = importlib.import_module("maxact.bench")
+    given: dict[str, Any] = {}
+    measure = module.bench
+    monkeypatch.setattr(module, "bench", lambda *words, **options: given.update(options) or measure(*words, **options))
+    words = (
+        "--where c* --where r* --sample 5 --seed 3 --limit 4 --score mean --score max --top 7 --bottom 2 --layers bn*"
+    )
+    words += " --batch 2 --threads 1 --rounds 2 --seconds .05 --quiet --json x.json --picture x.png"
+    done = run("bench", "tiny:network", photos, *words.split())
+    assert (done.code, done.err) == (0, "") and "in 2 rounds" in done.out and "cores busy" in done.out
+    wanted = {
+        "where": ["c*", "r*"],
+        "sample": 5,
+        "seed": 3,
+        "limit": 4,
+        "score": ["mean", "max"],
+        "top": 7,
+        "bottom": 2,
+    }
+    assert wanted.items() <= given.items() and given["layers"] == ["bn*"]
+    assert names(inside) == {"x.json", "x.png"} and json.loads(Path("x.json").read_text())["images"] == 4
+
+
+@pytest.mark.parametrize("option", ["--json", "--picture"])
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("gone/x", "No such file or directory"),
+        ("file/x", "Not a directory"),
+        ("folder", "Is a directory"),
+        ("", "Is a directory"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_bench_tries_places_first(run: Run, inside: Path, option: str, place: str, reason: str) -> None:
+    """Not after minutes of measuring: what would be measured is not even there."""
+    Path("folder").mkdir()
+    Path("file").touch()
+    done = run("bench", "tiny:network", "nowhere", option, place)
+    assert done.code == 2 and done.out == "" and names(inside) == {"folder", "file"}
+    assert done.err == f"maxact: {option}: {place} cannot be written ({reason}); choose another place\n"
+
+
+def test_bench_leaves_nothing_where_it_tries(run: Run, inside: Path) -> None:
+    Path("old.json").write_text("old")
+    done = run("bench", "tiny:network", "nowhere", "--json", "old.json", "--picture", "new.png")
+    assert done.code == 1 and "nowhere" in done.err
+    assert names(inside) == {"old.json"} and Path("old.json").read_text() == "old"
 
 
 def test_demo(run: Run, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:

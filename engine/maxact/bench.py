@@ -17,23 +17,27 @@ from torch import nn
 
 from maxact import stages
 from maxact.catalog import PATH, Catalog, is_dataset
-from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, cores
+from maxact.config import At, DecoderName, Precision, RunConfig, ScanConfig, Score, cores, items
 from maxact.decode import choose_decoder, native_stderr
 from maxact.errors import UsageError
 from maxact.find import find_taps
 from maxact.loops import Cost, Loop, Measure, as_in_a_scan, batches_in, repeated
 from maxact.models import Model, load_model
+from maxact.numerics import has_bf16
 from maxact.probe import probe
 from maxact.provenance import versions
 from maxact.scan import Job
-from maxact.sweep import Point, Setting
+from maxact.sweep import Point, Setting, again, best, of_one_precision
 from maxact.sweep import sweep as try_settings
 from maxact.verdict import Bench, Rule, Stage
 
 _LEAST = 4  # batches of a stretch of the scan
-_GAIN = 1.02  # how much faster a setting must be to be named instead of the first
 _PATHS = 8  # paths of images that a command line is given
-_SCAN = ("layers", "at", "weights", "resize", "crop", "interpolation", "fit", "mean", "std", "preprocess", "decoder")
+_SEVERAL = ("where", "layers", "score")  # options that may repeat
+_SCAN = (
+    *("where", "sample", "seed", "limit", "weights", "layers", "at", "resize", "crop", "interpolation", "fit", "mean"),
+    *("std", "preprocess", "decoder", "score", "top", "bottom", "devices"),
+)
 
 
 def bench(
@@ -41,8 +45,15 @@ def bench(
     images: object,
     *,
     weights: str | os.PathLike[str] | None = None,
+    where: str | Sequence[str] = (),
+    sample: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
     layers: str | Sequence[str] = (),
     at: At = "norm",
+    score: Score | Sequence[Score] = ("max",),
+    top: int = 50,
+    bottom: int = 0,
     resize: int | None = None,
     crop: int | tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
@@ -63,6 +74,7 @@ def bench(
     seconds: float = 6.0,
     sweep: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
+    listed: Callable[[int], None] = lambda count: None,
     native_log: bool = False,
 ) -> Bench:
     """Measures the stages of a scan on this machine, each alone, and the scan itself.
@@ -72,40 +84,48 @@ def bench(
 
     network, images and what follows them: as of `scan`. The process should do nothing else; the command line sets
     some libraries' waiting threads and memory for a scan (environment.py), which this cannot do any more.
-    rounds: all stages are measured in turn, so often; their medians count.
+    rounds: all stages are measured in turn, so often; their medians count, and of the scan's share of the limit that of
+    the rounds' shares.
     seconds: how long a stage is measured, in all rounds together, at least; the scan twice as long.
-    sweep: tries other settings, too, each for half of `seconds`.
-    report: called with how many measurements are done, and of how many.
+    sweep: tries other settings, too, each for half of `seconds`; then this one and the best of them again, in turn, in
+    as many rounds.
+    report: called with how many measurements are done, and of how many. listed: called before that, now and then, with
+    how many images have been found.
     native_log: drop what C libraries print to standard error about damaged images.
 
     Raises UsageError for arguments that cannot be meant, and MaxactError for all else that the caller can mend.
     """
     given = {name: value for name, value in locals().items() if name not in ("network", "images")}
+    if isinstance(network, str) and "," in network:
+        raise UsageError(f"network: bench measures one network at a time, got {network!r}; give one of them")
     if rounds < 1:
         raise UsageError(f"rounds: expected at least 1, got {rounds!r}")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"seconds: expected more than 0, got {seconds!r}")
     loading = ("weights", "resize", "crop", "mean", "std", "interpolation", "fit", "preprocess")
-    paths = (layers,) if isinstance(layers, str) else tuple(layers)
+    choices = ("at", "top", "bottom", "precision", "batch", "compile", "hardware_share")
     wanted = ScanConfig(
-        layers=paths, at=at, precision=precision, batch=batch, compile=compile, hardware_share=hardware_share
+        layers=items(layers),
+        scores=cast(tuple[Score, ...], items(score)),
+        **cast(dict[str, Any], {name: given[name] for name in choices}),
     )
     counts: dict[str, Any] = {name: given[name] for name in ("threads", "readers", "decode_threads")}
     run = RunConfig(devices, **counts)
-    where = run.torch_device()
+    device = run.torch_device()
     model = load_model(network, **{name: given[name] for name in loading})
     settings = replace(wanted, decoder=cast(DecoderName, choose_decoder(decoder, model.preprocess, is_dataset(images))))
     found = find_taps(model, wanted.layers, at)
-    catalog = Catalog.build(images)
+    catalog = Catalog.build(images, where=items(where), sample=sample, seed=seed, limit=limit, report=listed)
     with ExitStack() as resources:
         if native_log:
             nowhere = resources.enter_context(open(os.devnull, "wb"))
             resources.enter_context(native_stderr(nowhere.fileno()))
-        job = probe(Job(model.network, model.preprocess, found.taps, catalog, settings, run, where))
+        job = probe(Job(model.network, model.preprocess, found.taps, catalog, settings, run, device))
         result = _measure(job, model, rounds, seconds, report)
         if not sweep:
             return result
         points = tuple(try_settings(job, seconds / 2, report))
+        points = tuple(again(points, job, seconds / 2, rounds, report))
     command, exact = _best(points, _start(network, images, given), job)
     return replace(result, points=points, command=command, exact=exact)
 
@@ -150,7 +170,7 @@ def _measure(job: Job, model: Model, rounds: int, seconds: float, report: Callab
     order = [name for name in costs if name != "scan"] + ["scan"]
     network = "compiled forward" if job.settings.compile else "forward"
     if job.device.type == "cpu":
-        rule = Rule((network, "decode"), ("read",))
+        rule = Rule((network, "decode"), ("read",), cores())
     else:
         rule = Rule((), tuple(name for name in ("read", "decode", "copy", network) if name in costs))
     return Bench(
@@ -187,7 +207,7 @@ def _machine(device: torch.device) -> dict[str, str]:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": str(cores())} | versions(device)
+    return {"cpu": cpu, "cores": str(cores()), "bf16": "yes" if has_bf16() else "no"} | versions(device)
 
 
 def _start(network: str | nn.Module, images: object, given: Mapping[str, Any]) -> list[str]:
@@ -199,14 +219,12 @@ def _start(network: str | nn.Module, images: object, given: Mapping[str, Any]) -
         paths = [os.fsdecode(path) for path in images]  # type: ignore[attr-defined]
     words = ["maxact", "scan", network if isinstance(network, str) else "MODEL", *paths, "STORE"]
     defaults = inspect.signature(bench).parameters
-    for name in (*_SCAN, "devices"):
-        value = given[name]
-        if value == defaults[name].default or (name == "layers" and not value):
+    for name in _SCAN:
+        value, default, option = given[name], defaults[name].default, f"--{name}"
+        if name in _SEVERAL:
+            words += [word for each in items(value) if items(value) != items(default) for word in (option, each)]
+        elif value == default:
             continue
-        option = f"--{name}"
-        if name == "layers":
-            for layer in [value] if isinstance(value, str) else value:
-                words += [option, layer]
         elif name == "crop" and not isinstance(value, int):
             words += [option, "x".join(map(str, value))]
         elif name in ("mean", "std"):
@@ -217,14 +235,11 @@ def _start(network: str | nn.Module, images: object, given: Mapping[str, Any]) -
 
 
 def _best(points: Sequence[Point], start: Sequence[str], job: Job) -> tuple[str, str]:
-    """The command line of the fastest setting, and of the fastest of the first one's precision; "" where that is the
-    same, or all failed."""
+    """The command line of the best setting, and of the best of the first one's precision; "" where that is the same,
+    or all failed."""
 
-    def fastest(some: Sequence[Point]) -> str:
-        first, best = some[0], max(some, key=lambda point: point.rate or 0.0)
-        chosen = first if (best.rate or 0.0) < _GAIN * (first.rate or 0.0) else best
+    def line(chosen: Point) -> str:
         return shlex.join([*start, *chosen.setting.options(job.device)]) if chosen.rate else ""
 
-    command = fastest(points)
-    exact = fastest([point for point in points if point.setting.precision == points[0].setting.precision])
+    command, exact = line(best(points)), line(best(of_one_precision(points)))
     return command, "" if exact == command else exact

@@ -145,7 +145,9 @@ def _add_bench(subcommands: Any) -> None:
     )
     bench.add_argument("model", metavar="MODEL", help=_MODEL)
     bench.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
+    _add_images(bench)
     _add_network(bench)
+    _add_lists(bench, pooled=False)
     how = bench.add_argument_group("how")
     how.add_argument("--devices", default="auto", metavar="D", help="cpu or cuda:N; of several, the first (auto)")
     _add_device(how)
@@ -269,18 +271,19 @@ def _add_pixels(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--retry-errors", action="store_true", help="scan the shards of recorded errors again")
 
 
-def _add_lists(parser: argparse.ArgumentParser) -> None:
+def _add_lists(parser: argparse.ArgumentParser, pooled: bool = True) -> None:
     group = parser.add_argument_group("what to keep")
     group.add_argument(
         "--score", action="append", choices=("max", "mean"), help="what ranks an image (may repeat; max)"
     )
     group.add_argument("--top", type=int, default=50, metavar="K", help="strongest images per channel (50)")
     group.add_argument("--bottom", type=int, default=0, metavar="K", help="weakest images per channel (0)")
-    group.add_argument(
-        "--pooled",
-        choices=("max", "mean"),
-        help="every image's value of every channel, too: 2 bytes of disk each",
-    )
+    if pooled:
+        group.add_argument(
+            "--pooled",
+            choices=("max", "mean"),
+            help="every image's value of every channel, too: 2 bytes of disk each",
+        )
 
 
 def _add_projection(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 
@@ -24,11 +27,18 @@ def scan(model: str, images: list[str], store: str, quiet: bool, **settings: Any
         else:
             weights = settings.pop("weights")
             each = weights.split(",") if weights else [None]
-            done = [*scan_together(models, source, store, weights=each if len(each) > 1 else each[0], **settings)]
+            settings["weights"] = each if len(each) > 1 else each[0]
+            done = [*scan_together(_named(models), source, store, **settings)]
     if not quiet:
         for finished in done:
             print(f"{finished.path}: {_summary(finished)} (`maxact info {finished.path}` says more)")
     return 0
+
+
+def _named(models: list[str]) -> dict[str, str] | list[str]:
+    """NAME=MODEL, or MODEL, which is its own name: the networks by their names; where one is there twice, the names."""
+    named = [(name, network or name) for name, _, network in (each.partition("=") for each in models)]
+    return dict(named) if len(dict(named)) == len(named) else [name for name, _ in named]
 
 
 def project(store: str, quiet: bool, channels: str | None, **settings: Any) -> int:
@@ -225,22 +235,26 @@ def export(store: str, out: str, pooled: bool, layers: list[str] | None, quiet: 
 def bench(
     model: str,
     images: list[str],
-    layers: list[str] | None,
     json: str | None,
     picture: str | None,
     quiet: bool,
     **settings: Any,
 ) -> int:
     """`maxact bench`."""
+    _check_place("--json", json)
+    _check_place("--picture", picture)
     from maxact.bench import bench
     from maxact.files import write_json
+    from maxact.process import listing
     from maxact.progress import counting, display, print_table
     from maxact.render.bars import write_bars
 
+    for name in ("layers", "where", "score"):
+        settings[name] = settings[name] or (["max"] if name == "score" else [])
     source = images[0] if len(images) == 1 else images
     with display(quiet) as report:
-        tell = counting(report, "measuring", "stages")
-        result = bench(model, source, layers=layers or (), report=tell, native_log=True, **settings)
+        settings |= {"report": counting(report, "measuring", "stages"), "listed": listing(report)}
+        result = bench(model, source, native_log=True, **settings)
     print_table(*result.rows(), title=f"{result.model}, {result.taps} taps, {result.channels:,} channels")
     if result.points:
         print_table(*result.tried(), title="settings tried")
@@ -250,6 +264,24 @@ def bench(
     if picture:
         write_bars(result, Path(picture))
     return 0
+
+
+def _check_place(option: str, place: str | None) -> None:
+    """Raises UsageError where no file can be put at the place that an option names, if it names one: before anything
+    takes minutes."""
+    from maxact.errors import UsageError
+
+    if place is None:
+        return
+    path = Path(place)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with NamedTemporaryFile(prefix=f".{path.name}.", suffix=".part", dir=path.parent):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{option}: {place} cannot be written ({reason}); choose another place") from error
 
 
 def pack(images: list[str], out: str, quiet: bool, **settings: Any) -> int:

@@ -74,10 +74,11 @@ class DaliDecoder:
         self._cuda = settings.device.type == "cuda"
         self._pool = ThreadPoolExecutor(settings.threads, "decode")
         self._peek = self._peek_pipeline()
-        self._read: deque[tuple[torch.cuda.Event, _Flight]] = deque()  # of which the GPU may still read the bytes
         self._decode = self._made(settings.batch, settings.depth)
         self._spare: Pipeline = None  # decodes lost batches; made for the first
-        self._flights: deque[_Flight] = deque()  # after the pipelines, so that it is freed after them
+        # after the pipelines, so that they are freed after them
+        self._flights: deque[_Flight] = deque()
+        self._read: deque[tuple[torch.cuda.Event, _Flight]] = deque()  # of which the GPU may still read the bytes
 
     def submit(self, files: Sequence[bytes]) -> None:
         self._settings.check(files, len(self._flights))
@@ -107,6 +108,12 @@ class DaliDecoder:
 
     def collect(self) -> Decoded:
         flight = self._flights.popleft()
+        decoded = self._collect(flight)
+        if self._cuda:
+            self._keep(flight)
+        return decoded
+
+    def _collect(self, flight: _Flight) -> Decoded:
         n, items = flight.n, list(flight.items.items())
         if not items:
             return Decoded(self.blank(n), flight.errors)
@@ -118,7 +125,6 @@ class DaliDecoder:
             return Decoded(images, flight.errors)
         try:
             images = self._share(self._decode)
-            self._keep(flight)
         except DALI_ERRORS as error:
             images = self.blank(n)
             self._salvage(items, error, images, flight.errors)
@@ -168,13 +174,12 @@ class DaliDecoder:
         return torch.zeros(shape, dtype=torch.uint8, device=self._settings.device)
 
     def _keep(self, flight: _Flight) -> None:
-        """On CUDA, keeps what was collected until the GPU has made its pixels, and lets those go that it has made."""
-        if self._cuda:
-            made = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            made.record(torch.cuda.current_stream(self._settings.device))
-            self._read.append((made, flight))
-            while self._read and self._read[0][0].query():  # type: ignore[no-untyped-call]
-                self._read.popleft()
+        """Keeps what was collected until the GPU has made its pixels, and lets those go that it has made."""
+        made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        made.record(torch.cuda.current_stream(self._settings.device))
+        self._read.append((made, flight))
+        while self._read and self._read[0][0].query():  # type: ignore[no-untyped-call]
+            self._read.popleft()
 
     def _takes(self, file: bytes) -> bool:
         """Whether DALI is to decode a file: see the class."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from maxact.config import Precision, cores
 from maxact.loops import Loop, as_in_a_scan, batches_in, repeated
+from maxact.numerics import has_bf16
 from maxact.preprocess import one_line
 from maxact.scan import Job
 
@@ -75,15 +77,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """A setting that was tried: images per second, or why it could not be."""
+    """A setting that was tried: images per second, or why it could not be; of few also images per second in each of the
+    rounds in which they were measured again."""
 
     setting: Setting
     rate: float | None
     error: str | None = None
+    again: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        return asdict(self) | {"again": list(self.again)}
 
 
 def choices(start: Setting, device: torch.device) -> dict[str, tuple[Any, ...]]:
@@ -96,7 +100,7 @@ def choices(start: Setting, device: torch.device) -> dict[str, tuple[Any, ...]]:
             "decode_threads": (here // 2, here, 2 * here),
             "readers": (4, 16, 32),
             "compile": (False, True),
-            "precision": ("fp32", "bf16"),
+            "precision": ("fp32", "bf16") if has_bf16() else ("fp32",),
         }
     else:
         values = {
@@ -137,6 +141,45 @@ def sweep(job: Job, seconds: float, report: Callable[[int, int], None]) -> Itera
             done += 1
             report(done, total)
             yield point
+
+
+def again(
+    points: Sequence[Point], job: Job, seconds: float, rounds: int, report: Callable[[int, int], None]
+) -> Iterator[Point]:
+    """The points of a sweep. The first, the fastest, and the fastest of the first one's precision have been measured
+    again, in turn, so often, each for so many seconds; what failed then is a point that failed.
+    """
+    fastest = [max(some, key=lambda point: point.rate or 0.0) for some in (points, of_one_precision(points))]
+    chosen = {point for point in (points[0], *fastest) if point.rate}
+    tried: dict[Point, list[Point]] = {point: [] for point in points if point in chosen and len(chosen) > 1}
+    for number in range(rounds):
+        for place, (point, found) in enumerate(tried.items()):
+            found.append(_try(point.setting, job, seconds))
+            report(number * len(tried) + place + 1, rounds * len(tried))
+    for point in points:
+        found = tried.get(point, [])
+        failed = [each for each in found if each.rate is None]
+        yield failed[0] if failed else replace(point, again=tuple(each.rate for each in found if each.rate))
+
+
+def of_one_precision(points: Sequence[Point]) -> list[Point]:
+    """Those with the precision of the first."""
+    return [point for point in points if point.setting.precision == points[0].setting.precision]
+
+
+def gains(first: Point, other: Point) -> list[float]:
+    """How many times as fast as the first another is, in each round in which both were measured again."""
+    return [mine / theirs for theirs, mine in zip(first.again, other.again, strict=False)]
+
+
+def best(points: Sequence[Point]) -> Point:
+    """The fastest of those that were measured again, or the first, where that is hardly slower."""
+    first = points[0]
+    if not first.again:  # nothing was faster, or it failed
+        return max(points, key=lambda point: point.rate or 0.0)
+    ratios = {point: statistics.median(gains(first, point)) for point in points if point.again}
+    fastest = max(ratios, key=lambda point: ratios[point])
+    return fastest if ratios[fastest] >= _GAIN else first
 
 
 def _try(setting: Setting, job: Job, seconds: float) -> Point:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from maxact.loops import Cost
-from maxact.sweep import Point
+from maxact.sweep import Point, best, gains, of_one_precision
 
 _NEAR = 0.05  # a network with taps that is slower than without by no more than this is held up by the network
+_FULL = 0.8  # share of the cores that a network keeps busy below which there is more to be had
 _WAITS = 0.1  # share of its time that a scan may wait for images before that is worth a word
 _WORDS = {
     "read": "files into memory",
@@ -44,34 +46,54 @@ class Stage:
         return 1 / self.wall
 
     @property
+    def spread(self) -> tuple[float, float]:
+        """Images per second in the slowest and in the fastest of the rounds."""
+        walls = [cost.wall for cost in self.costs]
+        return 1 / max(walls), 1 / min(walls)
+
+    @property
     def cpu(self) -> float:
         """Seconds of CPU time per image: the median of the rounds."""
         return statistics.median(cost.cpu for cost in self.costs)
 
+    @property
+    def busy(self) -> float:
+        """CPU cores that it keeps busy: the median of the rounds."""
+        return statistics.median(cost.cpu / cost.wall for cost in self.costs)
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        facts = {"name": self.name, "images per second": self.rate, "cpu seconds per image": self.cpu}
+        facts = {"name": self.name, "images per second": self.rate, "least and most": list(self.spread)}
+        facts |= {"cpu seconds per image": self.cpu, "cores busy": self.busy}
         return facts | {"seconds per image": [asdict(cost) for cost in self.costs], "note": self.note}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the limit follows from, by names of stages: those that share the cores, whose times add up, and those that
-    go on beside them, the slowest of which counts."""
+    """What the limit follows from, by names of stages: those that share so many cores, whose CPU times add up, and
+    those that go on beside them. A scan is no faster than any of them all is alone, either."""
 
     shared: tuple[str, ...]
     beside: tuple[str, ...]
+    cores: int = 1
 
-    def limit(self, rates: Mapping[str, float]) -> float:
+    def parts(self, costs: Mapping[str, Cost]) -> dict[str, float]:
+        """Seconds per image that make up those of the limit, by stage: each one's part of the work of the cores, or
+        where one stage alone takes longer than that, its time on the clock."""
+        work = {name: costs[name].cpu / self.cores for name in self.shared}
+        slowest = max((*self.shared, *self.beside), key=lambda name: costs[name].wall)
+        return work if sum(work.values()) >= costs[slowest].wall else {slowest: costs[slowest].wall}
+
+    def limit(self, costs: Mapping[str, Cost]) -> float:
         """Images per second."""
-        together = [1 / sum(1 / rates[name] for name in self.shared)] if self.shared else []
-        return min([*together, *(rates[name] for name in self.beside)])
+        return 1 / sum(self.parts(costs).values())
 
     def __str__(self) -> str:
-        together = [f"1 / ({' + '.join(f'1 / {name}' for name in self.shared)})"] if self.shared else []
-        parts = ", ".join([*together, *self.beside])
-        why = "decoding and the network share the cores" if self.shared else "these go on side by side"
-        return f"the least of {parts}: {why}"
+        if not self.shared:
+            return f"the least of {', '.join(self.beside)}: these go on side by side"
+        work = f"{self.cores} / ({' + '.join(f'CPU of {name}' for name in self.shared)})"
+        alone = ", ".join((*self.shared, *self.beside))
+        return f"the least of {work}, {alone}: decoding and the network share the cores, {self.cores} of them"
 
 
 @dataclass(frozen=True)
@@ -100,14 +122,26 @@ class Bench:
         return any(stage.name == name for stage in self.stages)
 
     @property
+    def parts(self) -> dict[str, float]:
+        """What the limit's seconds per image are made of (`Rule.parts`), from the stages' medians."""
+        return self.rule.parts({stage.name: Cost(stage.wall, stage.cpu) for stage in self.stages})
+
+    @property
     def limit(self) -> float:
-        """What the stages allow, by the rule."""
-        return self.rule.limit({stage.name: stage.rate for stage in self.stages})
+        """What the stages allow, by the rule, from their medians."""
+        return 1 / sum(self.parts.values())
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """How much of the limit the scan reached in each round, of the limit that the round's own stages allow."""
+        rounds = zip(*(stage.costs for stage in self.stages), strict=True)
+        each = [dict(zip((stage.name for stage in self.stages), costs, strict=True)) for costs in rounds]
+        return tuple(1 / costs["scan"].wall / self.rule.limit(costs) for costs in each)
 
     @property
     def share(self) -> float:
-        """How much of the limit the scan reaches."""
-        return self["scan"].rate / self.limit
+        """How much of the limit the scan reaches: the median of the rounds."""
+        return statistics.median(self.shares)
 
     @property
     def network(self) -> str:
@@ -116,23 +150,24 @@ class Bench:
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds per image of what holds a scan up: for taps and heaps on a CPU only what they add."""
-        times = {name: self[name].wall for name in ("read", "decode", "copy") if name in self}
-        times |= {self.network: self[self.network].wall, "taps": self["taps"].wall, "heaps": self["heaps"].wall}
-        if self.rule.shared:
-            times["taps"] = max(0.0, times["taps"] - times[self.network])
-        elif times["taps"] < (1 + _NEAR) * times[self.network]:
-            del times["taps"]
-        return times
+        """Seconds per image of what holds a scan up. On a CPU that is each stage's part of the work of the cores, or
+        where it takes longer than that, one stage alone, or the network and what its taps add."""
+        network, taps = self[self.network], self["taps"]
+        alone = {name: self[name].wall for name in ("read", "decode", "copy", "heaps") if name in self}
+        if not self.rule.shared:
+            slower = taps.wall >= (1 + _NEAR) * network.wall
+            return alone | {network.name: network.wall} | ({"taps": taps.wall} if slower else {})
+        chain = {network.name: network.wall, "taps": max(0.0, taps.wall - network.wall)}
+        work = {network.name: network.cpu, "taps": max(0.0, taps.cpu - network.cpu)}
+        work |= {name: self[name].cpu for name in ("decode", "heaps")}
+        work = {name: cpu / self.rule.cores for name, cpu in work.items()}
+        each = [work, chain, *({name: wall} for name, wall in alone.items())]
+        return max(each, key=lambda times: sum(times.values()))
 
     @property
     def bottleneck(self) -> str:
         """The name of the stage that takes the most time."""
         times = self.times
-        if self.rule.shared:  # reading goes on beside all the others, so it counts only where it is slower than all
-            others = {name: time for name, time in times.items() if name != "read"}
-            if times["read"] < sum(others.values()):
-                times = others
         return max(times, key=lambda name: times[name])
 
     @property
@@ -142,27 +177,38 @@ class Bench:
 
     def rows(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         """The stages as a table: its columns and its rows."""
-        columns = ("stage", "what", "img/s", "ms an image", "CPU ms an image", "of the scan's time", "")
+        columns = (
+            *("stage", "what", "img/s", "least to most", "ms an image", "CPU ms an image", "cores busy"),
+            *("of the scan's time", ""),
+        )
         whole = self["scan"].wall
         rows: list[tuple[object, ...]] = []
         for stage in self.stages:
             share = "" if stage.name == "store" else f"{stage.wall / whole:.0%}"
-            numbers = (float(f"{number:.3g}") for number in (stage.rate, 1000 * stage.wall, 1000 * stage.cpu))
-            rows.append((stage.name, _WORDS[stage.name], *numbers, share, stage.note))
+            spread = " to ".join(map(_digits, stage.spread)) if len(stage.costs) > 1 else ""
+            numbers = (float(f"{number:.3g}") for number in (1000 * stage.wall, 1000 * stage.cpu, stage.busy))
+            rate = float(f"{stage.rate:.3g}")
+            rows.append((stage.name, _WORDS[stage.name], rate, spread, *numbers, share, stage.note))
         return columns, rows
 
     def tried(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
-        """The points of a sweep as a table."""
-        names = tuple(vars(self.points[0].setting)) if self.points else ()
-        columns = (*(name.replace("_", " ") for name in names), "img/s", "")
-        return columns, [(*vars(point.setting).values(), point.rate, point.error or "") for point in self.points]
+        """The points of a sweep as a table: of a setting what there is on the device, how fast the scan was with it,
+        and how fast in the end, beside the first."""
+        settings = [vars(point.setting) for point in self.points]
+        names = [name for name in (settings or [{}])[0] if any(each[name] is not None for each in settings)]
+        columns = (*(name.replace("_", " ") for name in names), "img/s", "again", "")
+        again = [statistics.median(point.again) if point.again else None for point in self.points]
+        return columns, [
+            (*(each[name] for name in names), point.rate, repeated, point.error or "")
+            for each, point, repeated in zip(settings, self.points, again, strict=True)
+        ]
 
     def lines(self) -> list[str]:
         """The result in words."""
         lines = [
             f"limit       {_rate(self.limit)}, {self.rule}",
-            f"scan        {_rate(self['scan'].rate)}, {self.share:.0%} of the limit; it waited for images in "
-            f"{self.waiting:.0%} of its time",
+            f"scan        {_rate(self['scan'].rate)}, {self.share:.0%} of the limit{self._rounds()}; it waited for "
+            f"images in {self.waiting:.0%} of its time",
             f"bottleneck  {self.bottleneck} ({_WORDS[self.bottleneck]})",
             *(f"            {words}" for words in self.advice),
         ]
@@ -172,16 +218,22 @@ class Bench:
             lines.append(f"in {self.settings['precision']:8} {self.exact}")
         return lines
 
+    def _rounds(self) -> str:
+        shares = self.shares
+        return f" ({min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds)" if len(shares) > 1 else ""
+
     def to_json(self) -> dict[str, Any]:
         """As plain values, with everything that follows from what was measured."""
+        rule = {"shared": [*self.rule.shared], "beside": [*self.rule.beside], "cores": self.rule.cores}
         return {
             **{name: getattr(self, name) for name in ("model", "weights", "images", "taps", "channels")},
             "settings": self.settings,
             "machine": self.machine,
             "stages": [stage.to_json() for stage in self.stages],
-            "rule": {"shared": [*self.rule.shared], "beside": [*self.rule.beside], "words": str(self.rule)},
+            "rule": rule | {"words": str(self.rule)},
             "limit": self.limit,
             "share": self.share,
+            "shares": list(self.shares),
             "waiting": self.waiting,
             "bottleneck": self.bottleneck,
             "advice": list(self.advice),
@@ -193,6 +245,10 @@ class Bench:
 
 def _rate(rate: float) -> str:
     return f"{rate:,.0f} img/s" if rate >= 10 else f"{rate:.2g} img/s"
+
+
+def _digits(rate: float) -> str:
+    return f"{float(f'{rate:.3g}'):,g}"
 
 
 def _advise(result: Bench) -> Iterator[str]:
@@ -213,15 +269,16 @@ def _advise(result: Bench) -> Iterator[str]:
     elif slowest == "copy":
         yield f"the copy to the device takes {share}: the decoder dali makes its pixels there"
     elif slowest == result.network:
-        half = "bf16" if on_cpu else "fp16"
-        tries = [f"--precision {half}"] if settings["precision"] == "fp32" else []
+        half = "fp16" if not on_cpu else "bf16" if result.machine["bf16"] == "yes" else ""
+        tries = [f"--precision {half}"] if half and settings["precision"] == "fp32" else []
         tries += [] if settings["compile"] else ["--compile"]
-        tries.append(f"or another --batch than {settings['batch']}")
+        tries.append(f"{'or ' if tries else ''}another --batch than {settings['batch']}")
         yield f"the network itself takes {share}: try {', '.join(tries)}{swept}"
     elif slowest == "taps":
         yield f"the taps take {share}: try fewer --layers" + ("" if settings["compile"] else ", or --compile")
     else:
         yield f"counting peaks takes {share}: try fewer --layers, or a smaller --top"
+    yield from _fill(result)
     if result.network != "forward":
         gain = result["forward"].wall / result[result.network].wall
         yield f"compiled, the network runs {gain:.2f} times as fast as it does otherwise"
@@ -233,6 +290,33 @@ def _advise(result: Bench) -> Iterator[str]:
             else f"--decode-threads than {settings['decode_threads']}"
         )
         yield f"the network waits for images in {result.waiting:.0%} of the time: try more {option}"
-    rates = [point.rate for point in result.points if point.rate]
-    if rates and result.points[0].rate:
-        yield f"the best setting that was tried is {max(rates) / result.points[0].rate:.2f} times as fast as this one"
+    if result.points:
+        yield _gained("the best setting that was tried", result.points)
+        exact = of_one_precision(result.points)
+        if best(exact) != best(result.points):
+            yield _gained(f"the best in {settings['precision']}", exact)
+
+
+def _fill(result: Bench) -> Iterator[str]:
+    """What helps a network that leaves cores of a CPU idle."""
+    cores, settings, busy = result.rule.cores, result.settings, result[result.network].busy
+    if result.rule.shared and cores > 1 and busy < _FULL * cores:
+        workers = min(cores, max(2, math.ceil(cores / busy))) if busy else cores
+        yield (
+            f"the network alone keeps {busy:.1f} of {cores} cores busy: unless something else runs here, try a larger "
+            f"--batch than {settings['batch']}, `--devices cpu:{workers}` with --threads {cores // workers} for each, "
+            f"or other --threads than {settings['threads']}"
+        )
+
+
+def _gained(what: str, points: Sequence[Point]) -> str:
+    """How much faster than the first point the best is, or the best of the others where it is not; measured again."""
+    first, *others = points
+    found = best(points)
+    tried = [gains(first, point) for point in (others if found == first else [found]) if point.again]
+    ratios = max(filter(None, tried), key=statistics.median, default=[])
+    if not ratios:
+        return f"{what} is this one" if found == first else f"{what} runs where this one failed"
+    rounds = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds, in turn"
+    ratio = f"{statistics.median(ratios):.2f} times as fast as this one ({rounds})"
+    return f"{what} is this one; tried again, another was {ratio}" if found == first else f"{what} is {ratio}"

@@ -27,11 +27,11 @@ COLOURS: dict[str, Colour] = {
 
 
 def draw_bars(result: Bench) -> Image.Image:
-    """The picture. The limit's bar is made of the stages that it follows from. Writing the result, which is done once,
-    is not in it."""
+    """The picture. The limit's bar is made of the stages that it follows from: where they share the cores, of what each
+    takes of those. Writing the result, which is done once, is not in it."""
     stages = [stage for stage in result.stages if stage.name in COLOURS]
     rows = [(stage.name, [(stage.name, stage.wall)]) for stage in stages]
-    rows.insert(len(rows) - 1, ("limit", _limit(result)))
+    rows.insert(len(rows) - 1, ("limit", [*result.parts.items()]))
     longest = max(sum(wall for _, wall in parts) for _, parts in rows)
     top = HEADING + NOTE
     page = Page(Medium.of("png"), _WIDTH, top + len(rows) * _ROW + _GAP + MARGIN)
@@ -61,15 +61,6 @@ def write_bars(result: Bench, path: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, partial(image.save, format="PNG"))
-
-
-def _limit(result: Bench) -> list[tuple[str, float]]:
-    """The stages whose times make up that of the limit."""
-    shared = [(name, result[name].wall) for name in result.rule.shared]
-    slowest = max(result.rule.beside, key=lambda name: result[name].wall)
-    if shared and sum(wall for _, wall in shared) >= result[slowest].wall:
-        return shared
-    return [(slowest, result[slowest].wall)]
 
 
 def _notes(result: Bench) -> tuple[str, str, str]:
