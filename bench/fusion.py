@@ -1,9 +1,9 @@
 """What the taps add to the code that torch.compile generates for CUDA, shown without a CUDA device.
 
-The network is compiled by Inductor, bare and with all its taps, for tensors that have a device and a shape but no
-memory, and for a device that is described below instead of asked. What would be launched is looked at as Inductor's
-scheduler gives it, and never run. So this counts kernels and the bytes that they move, by what each reads and
-writes; it measures no time.
+The network is compiled by Inductor, bare and with all its taps, both as a scan would (its options, weights rounded
+beforehand), for tensors that have a device and a shape but no memory, and for a device that is described below instead
+of asked. What would be launched is looked at as Inductor's scheduler gives it, and never run. So this counts kernels
+and the bytes that they move, by what each reads and writes; it measures no time.
 
 A tap is "shared" where its reductions lie in a kernel that the network has anyway, the one that makes its map or one
 that reads it: then the map is not read again. It is "again" where a kernel of their own reads it. (One that only joins
@@ -25,13 +25,16 @@ import torch
 from torch import nn
 from torch._dynamo import device_interface
 from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import Scheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maxact_kernels
 from common import arguments, finish
+from maxact.compiled import compile_for
 from maxact.config import Precision
 from maxact.find import find_taps
 from maxact.models import Normalised, load_model
+from maxact.numerics import rounded
 from maxact.taps import DTYPES, Taps
 
 # of an H200; Inductor asks for no more
@@ -70,6 +73,7 @@ class Generated:
 
     kernels: tuple[Kernel, ...]
     code: str
+    """Empty where it was not asked for."""
 
     @property
     def moved(self) -> int:
@@ -142,12 +146,19 @@ class _Pretended(device_interface.CudaInterface):
 
 
 @contextmanager
-def pretended(found: list[Generated]) -> Iterator[None]:
-    """Inside, torch.compile generates code for a CUDA device that is not there, puts it into `found`, and raises."""
+def pretended(found: list[Generated], text: bool = True) -> Iterator[None]:
+    """Inside, torch.compile generates code for a CUDA device that is not there, puts it into `found`, and raises.
+
+    text: with the code itself, and not only what is launched.
+    """
+
+    def schedule(scheduler: Scheduler) -> None:
+        found.append(Generated(tuple(_kernels(scheduler)), ""))
+        raise _Done
 
     def keep(graph: GraphLowering) -> None:
         code, _ = graph.codegen()
-        kernels = tuple(_kernels(graph))
+        kernels = tuple(_kernels(graph.scheduler))
         found.append(Generated(kernels, code.value if hasattr(code, "value") else str(code)))
         raise _Done
 
@@ -165,6 +176,8 @@ def pretended(found: list[Generated]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(devices, {"cuda": _Pretended, "cuda:0": _Pretended}))
         stack.enter_context(mock.patch.object(GraphLowering, "compile_to_module", keep))
+        if not text:
+            stack.enter_context(mock.patch.object(Scheduler, "codegen", schedule))
         for name, function in instead.items():
             stack.enter_context(mock.patch(name, function))
         # these would compute constants on the device, and measure there whether to pad a matrix
@@ -175,9 +188,9 @@ def pretended(found: list[Generated]) -> Iterator[None]:
         yield
 
 
-def _kernels(graph: GraphLowering) -> Iterator[Kernel]:
+def _kernels(scheduler: Scheduler) -> Iterator[Kernel]:
     """What the scheduler would launch; its nodes that launch nothing are left out."""
-    for kernel in graph.scheduler.nodes:
+    for kernel in scheduler.nodes:
         if type(kernel).__name__ == "NopKernelSchedulerNode":
             continue
         parts = kernel.get_nodes()
@@ -237,7 +250,7 @@ def without_memory(network: nn.Module) -> None:
             setattr(module, name, fake(buffer))
 
 
-def generate(name: str, batch: int, precision: Precision, tapped: bool) -> tuple[Generated, int]:
+def generate(name: str, batch: int, precision: Precision, tapped: bool, text: bool = True) -> tuple[Generated, int]:
     """What Inductor makes of a network with random weights, with all its taps or without; and how many they are."""
     model = load_model(name, weights="none" if ":" not in name else None)
     taps = find_taps(model).taps
@@ -248,11 +261,12 @@ def generate(name: str, batch: int, precision: Precision, tapped: bool) -> tuple
         without_memory(network)
         images = torch.empty(batch, *model.preprocess.shape, dtype=torch.uint8, device="cuda")
         with ExitStack() as stack:
-            stack.enter_context(pretended(found))
+            stack.enter_context(pretended(found, text))
             if tapped:
                 run: Any = stack.enter_context(Taps(network, taps, precision, compiled=True))
             else:
-                run = torch.compile(network, fullgraph=True, dynamic=False)
+                stack.enter_context(rounded(network, DTYPES[precision]))
+                run = compile_for(network, images.device)
                 stack.enter_context(torch.inference_mode())
                 stack.enter_context(torch.autocast("cuda", DTYPES[precision], enabled=precision != "fp32"))
             try:
@@ -267,15 +281,15 @@ def main() -> None:
     """Generates and reports."""
     args = arguments(
         __doc__ or "",
-        models="resnet50,vgg16,maxact.demo:network",
+        models="resnet18,resnet50,vgg16,maxact.demo:network",
         batch=128,
         precision="fp16",
         code="",
     )
     rows = []
     for name in args.models.split(","):
-        bare, _ = generate(name, args.batch, args.precision, False)
-        full, taps = generate(name, args.batch, args.precision, True)
+        bare, _ = generate(name, args.batch, args.precision, False, bool(args.code))
+        full, taps = generate(name, args.batch, args.precision, True, bool(args.code))
         if args.code:  # a folder for the generated code
             Path(args.code).mkdir(parents=True, exist_ok=True)
             for kind, generated in (("bare", bare), ("taps", full)):

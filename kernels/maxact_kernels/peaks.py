@@ -1,7 +1,7 @@
 """Maximum, position, minimum, mean, mean square and active positions of every map, in one read of the map.
 
-The same six numbers two ways: `reference` in plain torch (any device, any precision, the definition), `reduce` on
-numba kernels for float32 and bfloat16 maps on the CPU. A map is the values of one channel on one image over its P
+The same six numbers three ways: `reference` in plain torch (any device, any precision, the definition), `fused`, its
+form for torch.compile on CUDA, and `reduce` on numba kernels for float32 and bfloat16 maps on the CPU. A map is the values of one channel on one image over its P
 positions, numbered row by row. A map that holds NaN or infinity has maximum, minimum, mean and square NaN,
 position -1 and no active positions.
 """
