@@ -3,7 +3,8 @@
 On a CUDA device: the Triton kernel, `maps.amax` (one number where the kernel gives six), a copy, and the reference in
 plain torch, on float16 channels_last maps of a ResNet-50's sizes. Each is recorded as a CUDA graph over as many maps
 as fill four times the device's L2 cache, so that they come from memory and starting kernels costs nothing, and timed
-with CUDA events. On a CPU: the numba kernel, numpy's maximum and a copy, float32, on one thread.
+with CUDA events. On a CPU: the numba kernel, the same with the clamp of a ReLU6 in its pass and with torch's clamp
+after it, numpy's maximum and a copy, float32, on one thread.
 
 GB/s counts the bytes of the map once, for the copy twice. The last row is all 53 maps of a ResNet-50: seconds per
 image, and how many images a second their peaks alone would allow.
@@ -83,7 +84,9 @@ def on_gpu(images: int, channels: int, positions: int, repeat: int) -> Runs:
 
 def on_cpu(images: int, channels: int, positions: int, repeat: int) -> Runs:
     """What is timed on one core; each gives the seconds of one map."""
+    torch.set_num_threads(1)
     maps = np.random.default_rng(0).standard_normal((images, positions, channels), dtype=np.float32)
+    tensor = torch.from_numpy(maps)
     out, copy = Peaks.empty(images, channels), np.empty_like(maps)
     peaks.reduce(maps[:1], True, out.rows(0, 1))  # compiles, or loads
 
@@ -94,8 +97,14 @@ def on_cpu(images: int, channels: int, positions: int, repeat: int) -> Runs:
 
         return lambda: seconds(many) / repeat
 
+    def then_clamp() -> None:
+        peaks.reduce(maps, True, out)
+        tensor.clamp_(0, 6)
+
     return {
         "kernel": timed(lambda: peaks.reduce(maps, True, out)),
+        "clamping": timed(lambda: peaks.reduce(maps, True, out, bounds=(0, 6))),
+        "then clamp": timed(then_clamp),
         "maximum": timed(lambda: maps.max()),
         "copy": timed(lambda: np.copyto(copy, maps)),
     }

@@ -76,13 +76,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         pytest.skip("torch has no Triton here")
     path = os.pathsep.join([str(ROOT / "bench"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     out = tmp_path_factory.mktemp("fusion") / "found.json"
-    command = [
-        sys.executable,
-        str(ROOT / "bench" / "fusion.py"),
-        "--models",
-        "test_fusion:Small,test_fusion:residual,vgg11",
-    ]
-    command += ["--json", str(out)]
+    models = "test_fusion:Small,test_fusion:residual,vgg11"
+    command = [sys.executable, str(ROOT / "bench" / "fusion.py"), "--models", models, "--json", str(out)]
     subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True)
     result: dict[str, Any] = json.loads(out.read_text())
     return {row[0]: dict(zip(result["columns"], row, strict=True)) for row in result["rows"]}

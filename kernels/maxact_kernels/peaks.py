@@ -1,9 +1,9 @@
 """Maximum, position, minimum, mean, mean square and active positions of every map, in one read of the map.
 
 The same six numbers three ways: `reference` in plain torch (any device, any precision, the definition), `fused`, its
-form for torch.compile on CUDA, and `reduce` on numba kernels for float32 and bfloat16 maps on the CPU. A map is the values of one channel on one image over its P
-positions, numbered row by row. A map that holds NaN or infinity has maximum, minimum, mean and square NaN,
-position -1 and no active positions.
+form for torch.compile on CUDA, and `reduce` on numba kernels for float32 and bfloat16 maps on the CPU. A map is the
+values of one channel on one image over its P positions, numbered row by row. A map that holds NaN or infinity has
+maximum, minimum, mean and square NaN, position -1 and no active positions.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def reduce(
     """
     kernel: Any = _channels_last if channels_last else _channels_first
     turn = np.zeros(1, np.int64) if turn is None else turn
-    limits = torch.tensor(bounds or ())
+    limits = torch.tensor(bounds or (), dtype=torch.float32)
     ends = limits.numpy() if maps.dtype == np.float32 else limits.bfloat16().view(torch.uint16).numpy()
     kernel(maps, turn, ends, out.max, out.position, out.min, out.mean, out.square, out.active)
 
