@@ -35,7 +35,7 @@ from maxact.scan import running
 from maxact.store import Store
 from maxact.together import Parts
 from maxact_kernels.peaks import Peaks
-from stores import ARGUMENTS, SETTINGS, command, contents, scan, wait_for
+from stores import ARGUMENTS, SETTINGS, Child, command, contents, scan, wait_for
 from support import make_job, photograph
 
 NAMES = ("several:first", "several:second", "several:third")
@@ -267,12 +267,18 @@ def test_networks_share_what_they_can_share(decoder: Any, photos: Path) -> None:
 # Runs that are cut short
 
 
+def ended(child: Child) -> bool:
+    return child.process.exitcode is not None
+
+
 def test_killed_at_random_moments(photos: Path, in_memory: Path) -> None:
     names = ("several:slow", "several:slow_third")
     folder, draw, code, killed = in_memory / "x", random.Random(5), -1, 0
     for life in range(LIVES):
         child = command("scan", ",".join(names), photos, folder, *ARGUMENTS)
-        child.process.join(draw.uniform(0.3, 1 + 0.6 * life))
+        batches = draw.randint(1, 2 + life)
+        wait_for(lambda child=child, batches=batches: ended(child) or child.so_far().count("img/s") >= batches)
+        child.process.join(draw.uniform(0, 0.1))
         child.kill()
         code = child.wait()
         if code == 0:

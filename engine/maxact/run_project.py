@@ -235,7 +235,7 @@ class _Pass:
         fields = of_taps(self._model.network, list(self._taps.values()), size)
         with signals(self._stop) as caught:
             if self._settings.settle and self._store.manifest.settings["precision"] != "fp32":
-                self._settle()
+                self._settle(device)
             if not self._stop.is_set():
                 self._project(list(plan(self._store, self._chosen, fields, self._settings, self._ledger)), device)
                 self._keep_pictures()
@@ -244,9 +244,11 @@ class _Pass:
                 raise Interrupted(caught[0], f"stopped by {name}: what is done is kept; run the same again to go on")
             self._finish()
 
-    def _settle(self) -> None:
+    def _settle(self, device: torch.device) -> None:
         """Puts the ranks to be shown in the order of float32, where the scan was of 16 bits."""
-        batch = self._batch or self._store.manifest.settings["batch"]
+        scanned = self._store.manifest.settings["batch"]
+        # on a GPU, where the scan may have filled the memory, twice the bits want half the images
+        batch = self._batch or (max(1, scanned // 2) if device.type == "cuda" else scanned)
         settling = Settling(self._store, list(self._taps.values()), self._settings.ranks, batch, self._catalog)
         if not settling.taps:
             return
