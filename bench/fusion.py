@@ -1,9 +1,9 @@
 """What the taps add to the code that torch.compile generates for CUDA, shown without a CUDA device.
 
-The network is compiled by Inductor, bare and with all its taps, both as a scan would (its options, weights rounded
-beforehand), for tensors that have a device and a shape but no memory, and for a device that is described below instead
-of asked. What would be launched is looked at as Inductor's scheduler gives it, and never run. So this counts kernels
-and the bytes that they move, by what each reads and writes; it measures no time.
+The network is compiled by Inductor, bare and with all its taps, both with a scan's options, for tensors that have a
+device and a shape but no memory, and for a device that is described below instead of asked. What would be launched is
+looked at as Inductor's scheduler gives it, and never run. So this counts kernels and the bytes that they move, by what
+each reads and writes; it measures no time.
 
 A tap is "shared" where its reductions lie in a kernel that the network has anyway, the one that makes its map or one
 that reads it: then the map is not read again. It is "again" where a kernel of their own reads it. (One that only joins
@@ -34,7 +34,6 @@ from maxact.compiled import compile_for
 from maxact.config import Precision
 from maxact.find import find_taps
 from maxact.models import Normalised, load_model
-from maxact.numerics import rounded
 from maxact.taps import DTYPES, Taps
 
 # of an H200; Inductor asks for no more
@@ -265,7 +264,6 @@ def generate(name: str, batch: int, precision: Precision, tapped: bool, text: bo
             if tapped:
                 run: Any = stack.enter_context(Taps(network, taps, precision, compiled=True))
             else:
-                stack.enter_context(rounded(network, DTYPES[precision]))
                 run = compile_for(network, images.device)
                 stack.enter_context(torch.inference_mode())
                 stack.enter_context(torch.autocast("cuda", DTYPES[precision], enabled=precision != "fp32"))

@@ -84,6 +84,23 @@ def test_normalisations_go_into_the_convolutions_before_them() -> None:
     assert "maxact.peaks" in code and "batch_norm" not in code
 
 
+def test_a_map_that_is_one_value_in_memory_is_not_clamped_in_place() -> None:
+    class Wide(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3), keepdim=True).expand_as(x)
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), Wide(), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    wrapped = Normalised(lively(network.eval(), 0), SMALL)
+    images = torch.randint(0, 256, (BATCH, *SMALL.crop, 3), dtype=torch.uint8)
+    chosen = find(wrapped, images, ["1", "3"]).taps
+    with Taps(wrapped, chosen) as taps:
+        wanted = taps(images).result()
+    with Taps(wrapped, chosen, compiled=True) as taps:
+        found = taps(images).result()
+    np.testing.assert_allclose(found.max, wanted.max, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-4, atol=1e-5)
+
+
 def rectified(run: Callable[[nn.Conv2d, torch.Tensor], torch.Tensor]) -> nn.Module:
     """A tapped convolution, what `run` does to its output, and a second one that sees what comes of that."""
 
@@ -113,6 +130,9 @@ BEHIND: dict[str, tuple[Callable[[nn.Conv2d, torch.Tensor], torch.Tensor], bool]
     "relu and itself": (lambda conv, x: (y := conv(x)).relu() + 0.5 * y, False),
     "two relus": (lambda conv, x: (y := conv(x)).relu() - y.clamp(-1, 0.5), False),
     "relu of a view": (lambda conv, x: (y := conv(x)).flatten(2).relu().view_as(y) - 0.5 * y, False),
+    "integers": (lambda conv, x: conv(x).int().float(), False),
+    "clamped integers": (lambda conv, x: conv(x).relu().long().to(x.dtype), True),  # the relu alone
+    "booleans": (lambda conv, x: conv(x).bool().float(), False),
     "clamp read between": (lambda conv, x: (y := conv(x).clamp_min(-0.2)) + y.clamp_max(0.3), True),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from maxact import config
-from maxact.config import SHARD, RunConfig, ScanConfig, cores
+from maxact.config import HARDWARE_SHARE, SHARD, RunConfig, ScanConfig, cores
 from maxact.errors import UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -98,7 +99,10 @@ def test_what_is_left_open_is_chosen_for_the_device() -> None:
     assert (cuda.precision, cuda.batch, cuda.shard) == ("fp16", 128, SHARD)
     given = ScanConfig(precision="bf16", batch=7, shard=20).resolve(CUDA)
     assert (given.precision, given.batch, given.shard) == ("bf16", 7, 21)  # whole batches
-    assert given.resolve(CPU) == given
+    assert given.resolve(CPU) == replace(given, hardware_share=None)
+    assert (cpu.hardware_share, cuda.hardware_share) == (None, HARDWARE_SHARE)
+    for share, decoder, kept in ((0.0, "dali", 0.0), (0.8, "auto", 0.8), (0.8, "torchvision", None)):
+        assert ScanConfig(hardware_share=share, decoder=decoder).resolve(CUDA).hardware_share == kept
 
 
 @pytest.mark.parametrize(("top", "kept"), [(50, 100), (9, 41), (32, 64), (1, 33)])

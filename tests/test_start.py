@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import torch
 
 import maxact
 import several
+from maxact import start
+from maxact.config import RunConfig, ScanConfig
 from maxact.errors import MaxactError
+from maxact.find import find_taps
+from maxact.models import load_model
 from maxact.process import Progress
 from maxact.run import store_path
 from maxact.store import Store
@@ -96,6 +101,27 @@ class Hungry(several.First):
         if len(images) > 5:
             raise torch.OutOfMemoryError
         return super().forward(images)
+
+
+def test_a_store_of_a_cpu_goes_on_where_there_is_a_gpu(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only a GPU decides of pixels is that of the store; nothing runs on the device here."""
+    network = several.First().eval()
+    store = scan(photos, tmp_path / "x", network, decoder="dali")
+    model = load_model(network)
+    monkeypatch.setattr(start, "versions", lambda device: {})
+    wanted = ScanConfig.from_json(store.manifest.settings)
+    for share in (None, 0.8):
+        asked = replace(wanted, precision=None, batch=None, compile=None, hardware_share=share)
+        begin = start.Start(store.path, model, find_taps(model), asked)
+        source = start.Source(photos)
+        if share is None:
+            ((again, _),) = start.start([begin], source, None, RunConfig("cpu"), torch.device("cuda:0"))
+            assert again.manifest.settings["hardware_share"] is None
+        else:
+            with pytest.raises(MaxactError, match=r"was made otherwise \(hardware_share: null, not 0.8\)"):
+                start.start([begin], source, None, RunConfig("cpu"), torch.device("cuda:0"))
 
 
 def test_the_smallest_batch_that_suits_all_of_them(

@@ -510,60 +510,6 @@ def test_16_bit_maps_are_reduced_in_float32(precision: Any, images: torch.Tensor
     check(peaks, kept[0].float().flatten(2).numpy())
 
 
-class Tied(nn.Module):
-    """A linear layer whose weights an embedding shares, a convolution of another class, and weights used twice."""
-
-    class Padded(nn.Conv2d):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight * 3, self.bias)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.padded = nn.Conv2d(3, 8, 3), self.Padded(8, 8, 3)
-        self.norm, self.twice = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
-        self.again = nn.Conv2d(8, 8, 1)
-        self.again.weight = self.twice.weight
-        self.linear, self.embedding = nn.Linear(8, 5), nn.Embedding(5, 8)
-        self.linear.weight = self.embedding.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.again(self.twice(self.norm(self.padded(self.conv(x))).relu()))
-        scores: torch.Tensor = self.linear(x.mean((2, 3))) + self.embedding.weight.sum()
-        return scores
-
-
-@pytest.mark.parametrize("make", [Tied, resnet], ids=["tied", "resnet"])
-def test_weights_are_rounded_once_to_what_autocast_rounds_them_to(
-    make: Callable[[], nn.Module], images: torch.Tensor
-) -> None:
-    network = Normalised(lively(make().eval(), 0), SMALL)
-    found = find(network, images[:2])
-    maps = dict.fromkeys(tap.name for tap in found.taps)
-    modules = dict(network.network.named_modules())
-    hooks = [
-        modules[name].register_forward_hook(lambda m, i, output, name=name: maps.update({name: output.clone()}))
-        for name in maps
-    ]
-    before = copy.deepcopy(network.state_dict())
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        network(images)
-    for hook in hooks:
-        hook.remove()
-    with Taps(network, found.taps, "bf16") as taps:
-        dtypes = {name: weight.dtype for name, weight in network.named_parameters(remove_duplicate=False)}
-        peaks = taps(images).result()
-    for tap, start, stop in columns(found.taps):
-        wanted = maps[tap.name].float().flatten(2) if maps[tap.name].ndim > 2 else maps[tap.name].float()[..., None]
-        np.testing.assert_array_equal(peaks.columns(start, stop).max, wanted.amax(2).numpy(), err_msg=tap.name)
-    rounded = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
-    assert "network.conv1.weight" in rounded or rounded == {
-        *("network.conv.weight", "network.conv.bias", "network.twice.weight", "network.twice.bias"),
-        *("network.again.weight", "network.again.bias", "network.linear.weight", "network.linear.bias"),
-    }
-    after = network.state_dict()
-    assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
-
-
 # Which: patterns, modules that never run, outputs that are no maps
 
 

@@ -174,6 +174,17 @@ def test_two_checkpoints_of_one_network(photos: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "x", tmp_path / "z")
 
 
+def test_nothing_is_overwritten_where_one_cannot_be(photos: Path, tmp_path: Path) -> None:
+    together(photos, tmp_path / "x", NAMES[:2])
+    (store_path(tmp_path / "x", NAMES[1]) / "thesis.tex").write_text("of the user")
+    before = contents(tmp_path)
+    with pytest.raises(MaxactError, match=r"thesis\.tex is not the store's"):
+        together(photos, tmp_path / "x", NAMES[:2], overwrite=True)
+    assert {name: each for name, each in contents(tmp_path).items() if "/run/" not in name} == {
+        name: each for name, each in before.items() if "/run/" not in name
+    }
+
+
 def test_a_store_is_no_folder_for_stores(photos: Path, tmp_path: Path) -> None:
     scan(photos, tmp_path / "x", NAMES[0])
     before = contents(tmp_path)
@@ -391,6 +402,7 @@ def test_the_command_line(photos: Path, in_memory: Path) -> None:
     assert_same(in_memory / "x", alone(photos, in_memory / "y", names))
     for words, code, said in (
         (("several:first,several:first",), 2, "networks: expected different names"),
+        (("=several:first,several:second",), 2, "networks: expected NAME=MODEL, got '=several:first'"),
         (
             ("several:first,several:second,several:third", "--weights", "none,none"),
             2,

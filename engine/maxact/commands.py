@@ -37,7 +37,14 @@ def scan(model: str, images: list[str], store: str, quiet: bool, **settings: Any
 
 def _named(models: list[str]) -> dict[str, str] | list[str]:
     """NAME=MODEL, or MODEL, which is its own name: the networks by their names; where one is there twice, the names."""
-    named = [(name, network or name) for name, _, network in (each.partition("=") for each in models)]
+    from maxact.errors import UsageError
+
+    named = []
+    for each in models:
+        name, mark, network = (part.strip() for part in each.partition("="))
+        if mark and not (name and network):
+            raise UsageError(f"networks: expected NAME=MODEL, got {each!r}")
+        named.append((name, network or name))
     return dict(named) if len(dict(named)) == len(named) else [name for name, _ in named]
 
 

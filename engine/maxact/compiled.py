@@ -20,7 +20,7 @@ _CLAMPS: dict[Any, Callable[..., tuple[float, float]]] = {
     _aten.relu.default: lambda: (0.0, math.inf),
     _aten.clamp_min.default: lambda low: (low, math.inf),
     _aten.clamp_max.default: lambda high: (-math.inf, high),
-    _prims.convert_element_type.default: lambda _: (-math.inf, math.inf),  # there and back again
+    _prims.convert_element_type.default: lambda _: (-math.inf, math.inf),  # where it loses nothing
 }
 
 
@@ -62,6 +62,8 @@ class _Clamping(CustomGraphPass):
 
 def _join(graph: fx.Graph, peaks: fx.Node) -> None:
     maps, axis = cast("tuple[fx.Node, int]", peaks.args)
+    if torch._debug_has_internal_overlap(maps.meta["val"]):  # expanded: what is one value in memory cannot be changed
+        return
     chain, bounds = _clamps(maps, [node for node in maps.users if node is not peaks])
     if not chain:
         return
@@ -88,13 +90,15 @@ def _clamps(maps: fx.Node, readers: list[fx.Node]) -> tuple[list[fx.Node], tuple
     them; and the bounds of them all. `readers` read the maps."""
     chain, bounds = [], (-math.inf, math.inf)
     found: tuple[list[fx.Node], tuple[float, float]] = [], bounds
-    last = maps
+    last, own = maps, maps.meta["val"].dtype
     while len(readers) == 1 and readers[0].target in _CLAMPS and readers[0].args[0] is last:
         (last,) = readers
+        if torch.promote_types(own, last.meta["val"].dtype) != last.meta["val"].dtype != own:
+            break  # values would be rounded, or cut to integers
         low, high = _CLAMPS[last.target](*last.args[1:])
         bounds = (min(max(bounds[0], low), high), min(max(bounds[1], low), high))
         chain.append(last)
         readers = list(last.users)
-        if last.meta["val"].dtype == maps.meta["val"].dtype:
+        if last.meta["val"].dtype == own:
             found = list(chain), bounds
     return found

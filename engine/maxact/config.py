@@ -91,16 +91,14 @@ class ScanConfig:
         batches."""
         on_cpu = device.type == "cpu"
         batch = self.batch or (32 if on_cpu else 128)
-        share = self.hardware_share
-        if share is None and not on_cpu and self.decoder != "torchvision":
-            share = HARDWARE_SHARE
+        share = HARDWARE_SHARE if self.hardware_share is None else self.hardware_share
         return dataclasses.replace(
             self,
             precision=self.precision or ("fp32" if on_cpu else "fp16"),
             batch=batch,
             shard=math.ceil((self.shard or SHARD) / batch) * batch,
             compile=(not on_cpu or images >= COMPILED) if self.compile is None else self.compile,
-            hardware_share=share,
+            hardware_share=None if on_cpu or self.decoder == "torchvision" else share,
         )
 
     def kept(self) -> dict[tuple[str, Any], int]:

@@ -32,6 +32,7 @@ fn, types = dali.fn, dali.types
 to_torch_tensor: Any = import_module("nvidia.dali.plugin.pytorch.torch_utils").to_torch_tensor
 Pipeline = Any
 
+_TRAILER = 4096  # bytes that may stand behind a JPEG's end
 _AT_ONCE = 1 << 29  # pixels that are decoded at once: pictures in their own size, of which a batch can hold many
 
 # What DALI raises for a batch that it cannot decode.
@@ -64,8 +65,8 @@ class DaliDecoder:
     with one to three batches in flight). So a lost batch is decoded again in parts, until the bad images are found.
 
     On CUDA, JPEGs are decoded by nvJPEG: its pixels differ from those of the CPU by a few levels, and those of its
-    hardware decoder from its others. What does not end as a JPEG does is left to PIL there, as other formats are
-    everywhere: whether it is bad must not depend on the device.
+    hardware decoder from its others. What has no JPEG's end is left to PIL there, as other formats are everywhere:
+    whether it is bad must not depend on the device.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -108,10 +109,11 @@ class DaliDecoder:
 
     def collect(self) -> Decoded:
         flight = self._flights.popleft()
-        decoded = self._collect(flight)
-        if self._cuda:
-            self._keep(flight)
-        return decoded
+        try:
+            return self._collect(flight)
+        finally:
+            if self._cuda:
+                self._keep(flight)
 
     def _collect(self, flight: _Flight) -> Decoded:
         n, items = flight.n, list(flight.items.items())
@@ -121,6 +123,7 @@ class DaliDecoder:
             images = self.blank(n)
             for part in _parts(items, (self._settings.batch + 1) // 2):
                 if plain := self._plain(dict(part), flight.errors):
+                    flight.items |= plain  # what is decoded now
                     self._decode_part(list(plain.items()), images, flight.errors)
             return Decoded(images, flight.errors)
         try:
@@ -183,7 +186,7 @@ class DaliDecoder:
 
     def _takes(self, file: bytes) -> bool:
         """Whether DALI is to decode a file: see the class."""
-        return file[:3] == b"\xff\xd8\xff" and (not self._cuda or file[-2:] == b"\xff\xd9")
+        return file[:3] == b"\xff\xd8\xff" and (not self._cuda or b"\xff\xd9" in file[-_TRAILER:])
 
     def _plain(self, items: dict[int, _Item], errors: dict[int, str]) -> dict[int, _Item]:
         """The same items, with what is no JPEG decoded to plain pixels; `errors` gains what cannot be.

@@ -32,9 +32,10 @@ class OutOfMemory(MaxactError):
 
 def is_memory(error: BaseException | str) -> bool:
     """Whether an error, or its message, says that the memory does not suffice."""
-    if isinstance(error, (OutOfMemory, MemoryError)) or type(error).__name__ == "OutOfMemoryError":  # torch's
-        return True
-    return bool(_MEMORY.search(str(error)))
+    if isinstance(error, MaxactError):
+        return isinstance(error, OutOfMemory)
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return known or bool(_MEMORY.search(str(error)))
 
 
 def one_line(text: str) -> str:

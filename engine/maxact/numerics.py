@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -45,25 +44,6 @@ def make_current(device: torch.device) -> None:
     """Makes a CUDA device the current one of this thread, for good."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-@contextmanager
-def rounded(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Convolutions and linear layers with weights in a precision of 16 bits, to which autocast would otherwise round
-    them for every batch again; then with their own. Other modules that share weights with them keep theirs."""
-    before = [
-        (module, name, weight)
-        for module in network.modules()
-        if type(module) in (nn.Conv2d, nn.Linear) and dtype.itemsize == 2
-        for name, weight in module.named_parameters(recurse=False)
-    ]
-    for module, name, weight in before:
-        setattr(module, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
-    try:
-        yield
-    finally:
-        for module, name, weight in before:
-            setattr(module, name, weight)
 
 
 @contextmanager

@@ -210,6 +210,9 @@ def _scan_on(
             raise UsageError(f"skip_grey: cannot be had with the preprocess function {function}; leave one out")
         found = find_taps(model, wanted.layers, wanted.at)
         starts.append(Start(path, model, found, replace(wanted, decoder=cast(DecoderName, decoder))))
+    for path in paths:
+        if run.overwrite and Store.exists(path):
+            Store(path).check_alone()
     catalog = None
     if run.overwrite or not any(Store.exists(path) for path in paths):
         catalog = source.catalog(listing(report))

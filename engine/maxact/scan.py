@@ -74,9 +74,9 @@ class Job:
         return Dense(shard, channels, settings.kept(), target, before)
 
     @property
-    def pixels(self) -> tuple[str, Preprocess]:
+    def pixels(self) -> tuple[str, float | None, Preprocess]:
         """What decides the pixels: jobs that agree in it share one decoding."""
-        return self.settings.decoder, self.preprocess.without_normalisation()
+        return self.settings.decoder, self.settings.hardware_share, self.preprocess.without_normalisation()
 
 
 class Counting(Protocol[P_co]):

@@ -30,7 +30,7 @@ from maxact.store import Store
 
 T = TypeVar("T")
 log = logging.getLogger("maxact")
-_CHOSEN = ("precision", "batch", "shard", "compile", "hardware_share")  # chosen when a store is started, and kept
+_CHOSEN = ("precision", "batch", "shard", "compile")  # chosen when a store is started, and kept
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def start(
     if there:
         first, *others = there.values()
         catalog = first.catalog
-        shared = {name: first.manifest.settings[name] for name in ("batch", "shard")}
+        shared = {name: first.manifest.settings[name] for name in ("batch", "shard", "hardware_share")}
         for other in others:
             _check_alike(first, other)
             other.catalog = first.catalog  # one in memory is enough
@@ -98,6 +98,8 @@ def start(
             saved = store.manifest.settings
             kept = {name: saved[name] for name in _CHOSEN if getattr(each.settings, name) is None}
             settings = replace(each.settings, **kept).resolve(device, len(catalog))
+            if None in (each.settings.hardware_share, settings.hardware_share):  # not asked for, or not had here
+                settings = replace(settings, hardware_share=saved["hardware_share"])
             images = source.describe(len(catalog), store.manifest.images.get("packed", ()))
             _check_same(store, _manifest(each, images, settings, device))
             store.start_pooled()
@@ -229,11 +231,13 @@ def _log_decodings(starts: Sequence[Start], jobs: Sequence[Job]) -> None:
     """Says how often an image is decoded, and why not once."""
     ways: dict[Any, list[str]] = {}
     for each, job in zip(starts, jobs, strict=True):
-        ways.setdefault(job.pixels, []).append(each.model.name)
+        ways.setdefault(job.pixels, []).append(each.path.stem)
     if len(ways) == 1:
         log.info("every image is decoded once for all of them")
         return
-    terms = [preprocess.to_json() | {"decoder": decoder} for decoder, preprocess in ways]
+    terms = [
+        preprocess.to_json() | {"decoder": decoder, "hardware_share": share} for decoder, share, preprocess in ways
+    ]
     differing = [name for name in terms[0] if len({str(each[name]) for each in terms}) > 1]
     words = [
         f"{', '.join(names)} ({', '.join(f'{name} {shorten(own[name])}' for name in differing)})"

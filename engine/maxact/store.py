@@ -96,13 +96,9 @@ class Store:
     @staticmethod
     def remove(path: str | os.PathLike[str]) -> None:
         """Deletes the store at `path`, if it is one. The catalog and `run/`, with the lock that the caller holds,
-        stay: `create` replaces them. Raises MaxactError where the folder holds anything else."""
+        stay: `create` replaces them. Raises MaxactError where anything else lies beside its arrays."""
         store = Store(path)
-        ours = {*_FILES, *(tap.name for tap in store.manifest.taps)}
-        others = {entry.name for entry in store.path.iterdir()} - ours
-        others -= {left.name for left in leftovers(store.path.iterdir())}
-        if others:
-            raise MaxactError(f"{path}: {min(others)} is not the store's; move it elsewhere, then run the same again")
+        store.check_alone()
         with writing(path):
             # cut short, it is a store of the same scan in which nothing is done yet
             store.reopen()
@@ -110,6 +106,14 @@ class Store:
             entries = sorted(Path(path).iterdir(), key=lambda entry: entry.name == "zarr.json")
             for entry in (entry for entry in entries if entry.name not in ("run", "images.parquet")):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def check_alone(self) -> None:
+        """Raises MaxactError where the folder holds what is not the store's."""
+        ours = {*_FILES, *(tap.name for tap in self.manifest.taps)}
+        ours |= {left.name for left in leftovers(self.path.iterdir())}
+        if others := {entry.name for entry in self.path.iterdir()} - ours:
+            advice = "move it elsewhere, then run the same again"
+            raise MaxactError(f"{self.path}: {min(others)} is not the store's; {advice}")
 
     @staticmethod
     def lock(path: str | os.PathLike[str]) -> AbstractContextManager[None]:

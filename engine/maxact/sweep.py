@@ -69,8 +69,10 @@ class Setting:
     def options(self, device: torch.device) -> list[str]:
         """As words of a command line."""
         words = ["--batch", str(self.batch)]
-        own = ["--threads", str(self.threads)], ["--hardware-share", str(self.hardware_share)]
-        words += own[device.type != "cpu"]
+        if device.type == "cpu":
+            words += ["--threads", str(self.threads)]
+        elif self.hardware_share is not None:
+            words += ["--hardware-share", str(self.hardware_share)]
         words += ["--decode-threads", str(self.decode_threads), "--readers", str(self.readers)]
         return [*words, "--precision", self.precision, "--compile" if self.compile else "--no-compile"]
 
@@ -105,7 +107,7 @@ def choices(start: Setting, device: torch.device) -> dict[str, tuple[Any, ...]]:
     else:
         values = {
             "batch": (64, 128, 256, 512),
-            "hardware_share": (0.5, 0.65, 0.8, 0.95),
+            "hardware_share": () if start.hardware_share is None else (0.5, 0.65, 0.8, 0.95),
             "decode_threads": (here // 2, here, 2 * here, 4 * here),
             "readers": (16, 32, 64),
             "compile": (False, True),

@@ -17,7 +17,6 @@ from maxact.compiled import compile_for
 from maxact.config import Precision
 from maxact.errors import MaxactError, OutOfMemory, is_memory
 from maxact.models import Normalised
-from maxact.numerics import rounded
 from maxact.preprocess import one_line
 from maxact.tap import Tap
 from maxact_kernels import output as reduction
@@ -74,7 +73,6 @@ class Taps:
         self._resources = ExitStack()
         self._resources.enter_context(self._tapped)
         self._resources.enter_context(reduction.threads(self._threads))
-        self._resources.enter_context(rounded(self._tapped, self._dtype))
         self._side: torch.cuda.Stream | None = None
         self._ran = False
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._tapped

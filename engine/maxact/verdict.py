@@ -264,7 +264,8 @@ def _advise(result: Bench) -> Iterator[str]:
     elif slowest == "decode":
         yield f"decoding takes {share}: `maxact pack`, once, makes images that are decoded faster"
         if not on_cpu:
-            yield f"try another --hardware-share than {settings['hardware_share']}{swept}"
+            if settings["hardware_share"] is not None:
+                yield f"try another --hardware-share than {settings['hardware_share']}{swept}"
             yield f"try more --decode-threads than {settings['decode_threads']}, or a larger --batch{swept}"
     elif slowest == "copy":
         yield f"the copy to the device takes {share}: the decoder dali makes its pixels there"
