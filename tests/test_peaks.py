@@ -131,6 +131,24 @@ def test_maps_are_clamped_once_their_peaks_are_found(
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
+def test_nothing_beside_the_rows_and_the_maps_is_written(channels_last: bool) -> None:
+    values = np.random.default_rng(0).standard_normal((4, 5, 19)).astype(np.float32)
+    memory = np.full(values.size + 200, 77, np.float32)
+    laid = memory[100:-100].reshape(4, 19, 5) if channels_last else memory[100:-100].reshape(values.shape)
+    laid[:] = values.transpose(0, 2, 1) if channels_last else values
+    out = Peaks.empty(6, 5)
+    for array in vars(out).values():
+        array[:] = 77
+    peaks.reduce(laid, channels_last, out.rows(1, 5), bounds=(-0.5, 0.5))
+    np.testing.assert_array_equal(out.max[1:5], values.max(2))
+    np.testing.assert_array_equal(out.position[1:5], values.argmax(2))
+    for array in vars(out).values():
+        assert (array[[0, 5]] == 77).all()
+    assert (memory[:100] == 77).all() and (memory[-100:] == 77).all()
+    assert np.abs(laid).max() == 0.5
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
 def test_threads_that_share_the_images_give_what_one_gives(channels_last: bool) -> None:
     maps = np.random.default_rng(0).standard_normal((200, 33, 50)).astype(np.float32)
     alone = by_kernel(maps, channels_last)
